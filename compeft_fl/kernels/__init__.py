@@ -1,0 +1,1 @@
+"""The hot loops, per device; each device gives the same bytes."""

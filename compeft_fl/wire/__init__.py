@@ -1,0 +1,1 @@
+"""Updates as bytes: format version 1, specified in proto/FORMAT.md."""
