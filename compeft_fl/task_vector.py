@@ -96,8 +96,12 @@ class Layout:
                 raise LayoutError(
                     f"expected f32, f16 or bf16, found {tensor.dtype!r} in {tensor.name!r}"
                 )
-            if any(length < 0 for length in tensor.shape):
-                raise LayoutError(f"expected lengths >= 0, found {tensor.shape} in {tensor.name!r}")
+            if any(not 0 <= length < 1 << 64 for length in tensor.shape):
+                raise LayoutError(
+                    f"expected lengths in 0 .. 2^64 - 1, found {tensor.shape} in {tensor.name!r}"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in tensor.name):
+                raise LayoutError(f"expected names that UTF-8 can hold, found {tensor.name!r}")
             seen.add(tensor.name)
         self.sizes = tuple(tensor.size for tensor in self.tensors)
         self.num_parameters = sum(self.sizes)

@@ -130,6 +130,9 @@ def test_a_missing_a_doubled_and_a_foreign_part():
     foreign = messages.encode_parts(update(layout=OTHER), max_body_bytes=5000)
     with pytest.raises(LayoutMismatchError):
         messages.decode_parts([*parts[:-1], foreign[-1]])
+    later = messages.encode_parts(update(), max_body_bytes=5000, base_version=1)
+    with pytest.raises(VersionError):
+        messages.decode_parts([*parts[:-1], later[-1]])
     with pytest.raises(CoverageError, match="expected 7365 parameters"):
         cf.decode(parts[0])
     with pytest.raises(CoverageError, match="none"):

@@ -106,6 +106,8 @@ def test_data_types_that_adapters_do_not_have():
     [
         ([TensorSpec("w", (2,)), TensorSpec("w", (3,))], "twice"),
         ([TensorSpec("w", (2, -1))], "-1"),
+        ([TensorSpec("w", (0, 1 << 64))], r"2\^64"),
+        ([TensorSpec("\ud800", (2,))], "UTF-8"),
         ([TensorSpec("w", (1 << 40, 1 << 40))], r"2\^62"),
     ],
 )

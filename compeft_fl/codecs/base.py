@@ -102,7 +102,7 @@ def whole(parts: list[Part], layout: Layout) -> Update:
     ScaleCountError
         Parts with different scales.
     """
-    parts = sorted(parts, key=lambda part: part.start)
+    parts = sorted(parts, key=lambda part: (part.start, part.stop))
     at = 0
     for part in parts:
         if part.start != at:

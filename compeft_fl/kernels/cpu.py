@@ -70,70 +70,55 @@ def in_threads(function: Callable[[int, int], Any], count: int, align: int = 1) 
 
 @njit(nogil=True, cache=True)
 def _split_by_magnitude(
-    bits: Any,
-    low: Any,
-    high: Any,
-    start: int,
-    stop: int,
-    positive: Any,
-    negative: Any,
-    between: Any,
-) -> Any:
-    """Mark magnitudes >= high by sign, those in [low, high) in ``between``; count both."""
-    count_high, count_between, finite = 0, 0, True
+    bits: Any, low: Any, high: Any, start: int, stop: int, positive: Any, negative: Any,
+    indices: Any, values: Any,
+) -> Any:  # fmt: skip
+    """Mark magnitudes >= high by sign, and list those in [low, high).
+
+    Returns how many were marked and how many there were to list (only ``indices.size`` of them are
+    listed), and whether all magnitudes are finite.
+    """
+    num_high, num_between, finite = 0, 0, True
     for word in range(start, stop):
-        marked = magnitude_mask(bits, word * LANES, low)
-        above = np.uint64(0)
-        if marked != np.uint64(0):
-            above = magnitude_mask(bits, word * LANES, high)
-            if above != np.uint64(0):
-                signs = sign_mask(bits, word * LANES)
-                positive[word] = above & ~signs
-                negative[word] = above & signs
-                count_high += bit_count(above)
-                bad = magnitude_mask(bits, word * LANES, np.uint32(INFINITY_BITS))
-                if bad != np.uint64(0):
-                    finite = False
-        between[word] = marked & ~above
-        count_between += bit_count(marked & ~above)
-    return count_high, count_between, finite
-
-
-@njit(nogil=True, cache=True)
-def _gather_magnitudes(bits: Any, between: Any, out: Any) -> None:
-    """The magnitudes that ``between`` marks, as integers, in order."""
-    n = 0
-    for word in range(between.size):
-        rest = between[word]
+        rest = magnitude_mask(bits, word * LANES, low)
+        if rest == np.uint64(0):
+            continue
+        above = magnitude_mask(bits, word * LANES, high)
+        if above != np.uint64(0):
+            signs = sign_mask(bits, word * LANES)
+            positive[word] = above & ~signs
+            negative[word] = above & signs
+            num_high += bit_count(above)
+            if magnitude_mask(bits, word * LANES, np.uint32(INFINITY_BITS)) != np.uint64(0):
+                finite = False
+        rest &= ~above
         while rest != np.uint64(0):
-            out[n] = bits[word * LANES + trailing_zeros(rest)] & np.uint32(0x7FFFFFFF)
-            n += 1
+            if num_between < indices.size:
+                index = word * LANES + trailing_zeros(rest)
+                indices[num_between] = index
+                values[num_between] = bits[index]
+            num_between += 1
             rest &= rest - np.uint64(1)
+    return num_high, num_between, finite
 
 
 @njit(nogil=True, cache=True)
 def _admit(
-    bits: Any, between: Any, threshold: Any, ties: int, positive: Any, negative: Any
+    indices: Any, values: Any, threshold: Any, ties: int, positive: Any, negative: Any
 ) -> None:
-    """Keep the marked magnitudes > threshold, and the first ``ties`` of those that equal it."""
-    for word in range(between.size):
-        rest = between[word]
-        while rest != np.uint64(0):
-            lane = trailing_zeros(rest)
-            rest &= rest - np.uint64(1)
-            value = bits[word * LANES + lane]
-            magnitude = value & np.uint32(0x7FFFFFFF)
-            if magnitude < threshold:
+    """Mark those listed whose magnitude is > threshold, and the first ``ties`` that equal it."""
+    for i, value in zip(indices, values):  # noqa: B905 (numba's zip has no strict)
+        magnitude = value & np.uint32(0x7FFFFFFF)
+        if magnitude < threshold:
+            continue
+        if magnitude == threshold:
+            if ties == 0:
                 continue
-            if magnitude == threshold:
-                if ties == 0:
-                    continue
-                ties -= 1
-            bit = np.uint64(1) << np.uint64(lane)
-            if value >> np.uint32(31):
-                negative[word] |= bit
-            else:
-                positive[word] |= bit
+            ties -= 1
+        if value >> np.uint32(31):
+            negative[i >> 6] |= np.uint64(1) << np.uint64(i & 63)
+        else:
+            positive[i >> 6] |= np.uint64(1) << np.uint64(i & 63)
 
 
 @njit(nogil=True, cache=True)
@@ -175,22 +160,53 @@ def _bracket(bits: NDArray[np.uint32], k: int) -> tuple[int, int]:
     return low, high
 
 
-def _whole_words(values: Floats) -> NDArray[np.uint32]:
-    """The bits of the values that fill whole words (a view)."""
-    return values[: values.size // LANES * LANES].view(np.uint32)
+class _Split:
+    """The parameters cut in two at magnitudes: those kept for sure, and those to choose among.
 
+    Of the latter each thread lists up to ``capacity``; ``complete`` says whether that was enough.
+    """
 
-def _last_word(values: Floats) -> NDArray[np.uint32]:
-    """The bits of the values after the last whole word, padded with zeros to 64."""
-    tail = np.zeros(LANES, np.float32)
-    tail[: values.size % LANES] = values[values.size // LANES * LANES :]
-    return tail.view(np.uint32)
+    def __init__(self, values: Floats, low: int, high: int, capacity: int) -> None:
+        words, whole = num_words(values.size), values.size // LANES
+        self.positive, self.negative = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
+        bounds = np.uint32(low), np.uint32(high)
+
+        def scan(
+            bits: NDArray[np.uint32], start: int, stop: int, first_word: int = 0
+        ) -> tuple[int, int, bool, NDArray[np.int64], NDArray[np.uint32]]:
+            lists = np.empty(capacity, np.int64), np.empty(capacity, np.uint32)
+            masks = self.positive[first_word:], self.negative[first_word:]
+            counts = _split_by_magnitude(bits, *bounds, start, stop, *masks, *lists)
+            listed = [each[: counts[1]] for each in lists]
+            return *counts, listed[0] + first_word * LANES, listed[1]
+
+        bits = values.view(np.uint32)
+        parts = in_threads(lambda a, b: scan(bits, a, b), whole)
+        if values.size % LANES:  # the last word, padded with zeros
+            last = np.zeros(LANES, np.uint32)
+            last[: values.size % LANES] = bits[whole * LANES :]
+            parts.append(scan(last, 0, 1, whole))
+        self.num_high = sum(part[0] for part in parts)
+        self.num_between = sum(part[1] for part in parts)
+        self.finite = all(part[2] for part in parts)
+        self.indices = np.concatenate([part[3] for part in parts])
+        self.values = np.concatenate([part[4] for part in parts])
+        self.complete = self.num_between == self.indices.size
+
+    def admit(self, threshold: int, ties: int) -> tuple[Words, Words]:
+        """The masks, with those listed above the threshold and the first ``ties`` equal to it."""
+        masks = self.positive, self.negative
+        _admit(self.indices, self.values, np.uint32(threshold), ties, *masks)
+        return masks
 
 
 def select_top_k(values: Floats, k: int) -> tuple[Words, Words] | None:
     """Masks of the k largest magnitudes, positive and negative; None where a value is not finite.
 
     Of equal magnitudes the lower index is kept; a zero never is, so there can be fewer than k.
+    A sample gives two magnitudes between which the k-th lies; one pass marks what is above and
+    lists what is between, where the k-th is then found. Where the sample misled, or the k-th has
+    very many equals, histograms find it exactly and a second pass takes the first of its equals.
 
     Parameters
     ----------
@@ -198,50 +214,33 @@ def select_top_k(values: Floats, k: int) -> tuple[Words, Words] | None:
     k : int, 1 .. d
     """
     bits = values.view(np.uint32)
-    words = num_words(bits.size)
-    if bits.size <= 1 << 17:
-        low = int(_kth_magnitude(bits, k))
-        high = low + 1
-    else:
+    if bits.size > 1 << 17:
         low, high = _bracket(bits, k)
-    while True:
-        low = max(low, 1)
-        high = min(max(high, low), INFINITY_BITS)
-        low = min(low, high)
-        positive, negative = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
-        between = np.zeros(words, np.uint64)
-        parts = [(_whole_words(values), 0), (_last_word(values), words - 1)]
-        counts: list[tuple[int, int, bool]] = []
-        for source, first in parts if bits.size % LANES else parts[:1]:
-            size = source.size // LANES
-            views = [array[first : first + size] for array in (positive, negative, between)]
-
-            def scan(a: int, b: int, source: Any = source, views: Any = views) -> Any:
-                return _split_by_magnitude(source, np.uint32(low), np.uint32(high), a, b, *views)  # noqa: B023
-
-            counts += in_threads(scan, size)
-        num_high = sum(count[0] for count in counts)
-        num_between = sum(count[1] for count in counts)
-        if not all(count[2] for count in counts):
+        high = min(max(high, 1), INFINITY_BITS)
+        low = min(max(low, 1), high)
+        split = _Split(values, low, high, capacity=bits.size // 32)
+        if not split.finite:
             return None
-        if num_high <= k and (k <= num_high + num_between or low == 1):
-            break
-        low = int(_kth_magnitude(bits, k))  # the sample misled: now exactly
-        high = low + 1
-    if num_between == 0 or num_high == k:
-        return positive, negative
-    threshold, ties = low, k - num_high
-    if high > low + 1:
-        magnitudes = np.empty(num_between, np.uint32)
-        _gather_magnitudes(bits, between, magnitudes)
-        if ties >= num_between:
-            threshold, ties = 0, 0
-        else:
-            rank = num_between - ties
+        wanted = k - split.num_high
+        if split.complete and 0 <= wanted <= split.num_between:
+            if wanted == 0:
+                return split.positive, split.negative
+            magnitudes = split.values & np.uint32(0x7FFFFFFF)
+            rank = magnitudes.size - wanted
             threshold = int(np.partition(magnitudes, rank)[rank])
-            ties -= int(np.count_nonzero(magnitudes > threshold))
-    _admit(bits, between, np.uint32(threshold), ties, positive, negative)
-    return positive, negative
+            above = int(np.count_nonzero(magnitudes > threshold))
+            return split.admit(threshold, wanted - above)
+    threshold = int(_kth_magnitude(bits, k))
+    low, high = max(threshold, 1), min(threshold + 1, INFINITY_BITS)
+    low = min(low, high)
+    split = _Split(values, low, high, capacity=0)
+    if not split.finite:
+        return None
+    ties = k - split.num_high
+    if threshold == 0 or ties == 0:
+        return split.positive, split.negative
+    split = _Split(values, low, high, capacity=min(bits.size, split.num_between))
+    return split.admit(threshold, ties)
 
 
 # --- sums whose order is fixed (kernels/llvm.py) -------------------------------------------------

@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from compeft_fl.kernels.cpu import Words, in_threads, num_words
-from compeft_fl.kernels.llvm import LANES, bit_count, trailing_zeros
+from compeft_fl.kernels.llvm import LANES, add_shifted, bit_count, trailing_zeros
 
 MIN_LEVEL, MAX_LEVEL = 8, 24  # blocks of 2^8 .. 2^24 parameters; b is 0 .. 24
 
@@ -60,8 +60,7 @@ def _smallest_blocks(
                     firsts[block] = position
                 previous = position
                 count += 1
-                for b in range(MIN_LEVEL):
-                    sums[block, b] += gap >> np.int32(b)
+                add_shifted(sums, np.int64(block * MIN_LEVEL), gap)
         counts[block] = count
         lasts[block] = previous
 

@@ -84,6 +84,25 @@ def bit_count(typing_context: Any, word: Any) -> Any:
     return signature, codegen
 
 
+@intrinsic
+def add_shifted(typing_context: Any, sums: Any, index: Any, gap: Any) -> Any:
+    """Add ``gap >> b`` to ``sums[index + b]`` for b = 0 .. 7; int32."""
+    signature = types.void(sums, types.int64, types.int32)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        eight = ir.VectorType(_I32, 8)
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = builder.bitcast(builder.gep(array.data, [args[1]]), eight.as_pointer())
+        undefined = ir.Constant(eight, ir.Undefined)
+        one = builder.insert_element(undefined, args[2], _I32(0))
+        splat = builder.shuffle_vector(one, undefined, ir.Constant(eight, [0] * 8))
+        shifted = builder.lshr(splat, ir.Constant(eight, list(range(8))))
+        builder.store(builder.add(builder.load(pointer, align=4), shifted), pointer, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def _fold(builder: Any, vector: Any) -> Any:
     """Add the upper half of the lanes to the lower half until one is left."""
     lanes = LANES

@@ -56,7 +56,7 @@ _ID_BYTES = 16
 # Without an expected layout, a few bytes can claim any number of parameters, and two mask bits are
 # taken for each. So many are always allowed, and beyond that so many per byte that arrived: a
 # Golomb body of density 10^-4 has about 5,000 parameters in a byte.
-_PLAUSIBLE_PARAMETERS = 1 << 27
+_PLAUSIBLE_PARAMETERS = 1 << 24
 _PLAUSIBLE_PER_BYTE = 1 << 13
 
 
@@ -306,7 +306,7 @@ def decode_parts(
                 f"expected at most {_plausible(len(blob))} parameters in {len(blob)} bytes, "
                 f"found {message.num_parameters}; give the layout if that is what it has"
             )
-        expected = found  # every part must be for one layout
+        expected, base_version = found, message.base_version  # the same in every part
         start, stop = message.offset, message.offset + message.num_parameters
         if parts and any(part.start < stop and start < part.stop for part in parts):
             raise CoverageError(f"expected each parameter once, found {start} .. {stop} twice")
