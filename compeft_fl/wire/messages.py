@@ -386,7 +386,7 @@ def _checked_message(blob: bytes) -> Any:
         message = update_pb2.Update.FromString(
             blob[:-5]
         )  # so that no field reaches into the checksum
-    except DecodeError as error:
+    except (DecodeError, UnicodeDecodeError) as error:  # the latter: protobuf in pure Python
         raise MalformedError(f"expected a protobuf Update, found other bytes: {error}") from None
     if message.crc32:
         raise MalformedError("expected one checksum, at the end; found field 15 also before it")

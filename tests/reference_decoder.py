@@ -1,0 +1,450 @@
+"""A second reader of the update format, written from proto/FORMAT.md alone: slow and obvious.
+
+It imports nothing but the standard library and parses the protobuf bytes itself, so that the
+package's decoder and the specification can be checked against something that shares no code with
+them. Sections are named after those of FORMAT.md. Where FORMAT.md lets a reader choose, it rejects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class FaultError(Exception):
+    """Bytes that are no valid update; ``kind`` is the error's name in FORMAT.md's table.
+
+    ``choice``: what no writer produces, and FORMAT.md ("Protobuf") leaves to the reader.
+    """
+
+    def __init__(self, kind: str, message: str, *, choice: bool = False) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.choice = kind, choice
+
+
+def malformed(message: str) -> FaultError:
+    """The rejection of what is no message, or holds what it cannot hold."""
+    return FaultError("MalformedError", message)
+
+
+def unusual(message: str) -> FaultError:
+    """A rejection that is this reader's choice."""
+    return FaultError("MalformedError", message, choice=True)
+
+
+@dataclass
+class Update:
+    """What an update says. ``signs`` (parameter -> +1 or -1) or ``values`` is None, by its kind."""
+
+    tensors: list[tuple[str, tuple[int, ...], str]]
+    layout_id: bytes
+    num_parameters: int
+    offset: int
+    base_version: int
+    metadata: dict[str, str]
+    body: str
+    scales: list[float] = field(default_factory=list)
+    signs: dict[int, int] | None = None
+    values: list[float] | None = None
+
+    def dense(self) -> list[float]:
+        """The values of all parameters that the update covers."""
+        if self.values is not None:
+            return self.values
+        out = [0.0] * self.num_parameters
+        for index, sign in (self.signs or {}).items():
+            out[index - self.offset] = sign * self.scale_of(index)
+        return out
+
+    def scale_of(self, index: int) -> float:
+        """The scale of one parameter of the flattened layout."""
+        if len(self.scales) == 1:
+            return self.scales[0]
+        end = 0
+        for tensor, scale in zip(self.tensors, self.scales, strict=True):
+            end += size_of(tensor[1])
+            if index < end:
+                return scale
+        raise AssertionError("a position past the layout's end")
+
+
+# --- Protobuf ---------------------------------------------------------------------------------
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+Fields = list[tuple[int, int, Any]]  # number, wire type, value
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A varint and where it ends."""
+    value = 0
+    for i in range(10):
+        if at + i >= len(data):
+            raise malformed(f"a varint is cut off at byte {at}")
+        byte = data[at + i]
+        value |= (byte & 127) << (7 * i)
+        if byte < 128:
+            if value >= 1 << 64:
+                raise unusual(f"a varint of more than 64 bits at byte {at}")
+            return value, at + i + 1
+    raise malformed(f"a varint of more than 10 bytes at byte {at}")
+
+
+def read_fields(data: bytes) -> Fields:
+    """All fields of a message as (number, wire type, value)."""
+    fields, at = [], 0
+    while at < len(data):
+        start = at
+        tag, at = read_varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if at - start > 5:
+            raise unusual(f"a tag of {at - start} bytes at byte {start}")
+        if number == 0 or number >= 1 << 29:
+            raise malformed(f"field number {number} at byte {start}")
+        if wire == VARINT:
+            value, at = read_varint(data, at)
+            fields.append((number, wire, value))
+            continue
+        if wire == BYTES:
+            size, at = read_varint(data, at)
+        elif wire in (FIXED32, FIXED64):
+            size = 4 if wire == FIXED32 else 8
+        elif wire in (3, 4):
+            raise unusual(f"a group at byte {start}")
+        else:
+            raise malformed(f"wire type {wire} at byte {start}")
+        if size > len(data) - at:
+            raise malformed(f"field {number} goes on past the end of its message")
+        fields.append((number, wire, data[at : at + size]))
+        at += size
+    return fields
+
+
+def only(fields: Fields, number: int, wire: int) -> Any:
+    """The value of a field that is not repeated; None where it is absent."""
+    found = [item for item in fields if item[0] == number]
+    if len(found) > 1:
+        raise unusual(f"field {number} occurs {len(found)} times")
+    if found and found[0][1] != wire:
+        raise unusual(f"field {number} has wire type {found[0][1]}, not {wire}")
+    return found[0][2] if found else None
+
+
+def number_of(fields: Fields, number: int, bits: int = 64) -> int:
+    """A varint field, 0 where it is absent."""
+    value = only(fields, number, VARINT) or 0
+    if value >= 1 << bits:
+        raise unusual(f"field {number} has more than {bits} bits: {value}")
+    return value
+
+
+def bytes_of(fields: Fields, number: int) -> bytes:
+    """A bytes field, empty where it is absent."""
+    return only(fields, number, BYTES) or b""
+
+
+def text_of(fields: Fields, number: int) -> str:
+    """A string field, empty where it is absent."""
+    try:
+        return bytes_of(fields, number).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise malformed(f"field {number} is not UTF-8: {error}") from None
+
+
+def numbers_of(fields: Fields, number: int, bits: int = 64) -> list[int]:
+    """A repeated varint field, packed or not."""
+    values: list[int] = []
+    for wire, value in ((wire, value) for found, wire, value in fields if found == number):
+        if wire == VARINT:
+            values.append(value)
+        elif wire == BYTES:
+            at = 0
+            while at < len(value):
+                one, at = read_varint(value, at)
+                values.append(one)
+        else:
+            raise unusual(f"field {number} has wire type {wire}")
+    if any(one >= 1 << bits for one in values):
+        raise unusual(f"field {number} has a value of more than {bits} bits")
+    return values
+
+
+def floats_of(fields: Fields, number: int) -> list[float]:
+    """A repeated float field, packed or not."""
+    data = b""
+    for wire, value in ((wire, value) for found, wire, value in fields if found == number):
+        if wire not in (FIXED32, BYTES):
+            raise unusual(f"field {number} has wire type {wire}")
+        if len(value) % 4:
+            raise malformed(f"field {number} has {len(value)} bytes of floats")
+        data += value
+    return [item[0] for item in struct.iter_unpack("<f", data)]
+
+
+# --- Layout, layout id ------------------------------------------------------------------------
+
+DTYPES = {1: "f32", 2: "f16", 3: "bf16"}
+Tensors = list[tuple[str, tuple[int, ...], str]]
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """The product of a shape; of one that is too large, some number over 2^62."""
+    if 0 in shape:
+        return 0
+    size = 1
+    for length in shape:
+        size *= length
+        if size > 1 << 62:
+            break
+    return size
+
+
+def read_layout(data: bytes) -> Tensors:
+    """A Layout message."""
+    tensors: Tensors = []
+    for wire, value in ((wire, value) for number, wire, value in read_fields(data) if number == 1):
+        if wire != BYTES:
+            raise unusual(f"a tensor of wire type {wire}")
+        fields = read_fields(value)
+        dtype = number_of(fields, 3, 32)
+        if dtype not in DTYPES:
+            raise FaultError(
+                "DTypeError", f"tensor {len(tensors)} has dtype {dtype}, not 1, 2 or 3"
+            )
+        tensors.append((text_of(fields, 1), tuple(numbers_of(fields, 2)), DTYPES[dtype]))
+    if len({name for name, _, _ in tensors}) < len(tensors):
+        raise malformed("two tensors of one name")
+    if parameters_of(tensors) > 1 << 62:
+        raise malformed("a layout of more than 2^62 parameters")
+    return tensors
+
+
+def parameters_of(tensors: Tensors) -> int:
+    """How many parameters a layout has."""
+    return sum(size_of(shape) for _, shape, _ in tensors)
+
+
+def write_varint(value: int) -> bytes:
+    """The shortest varint."""
+    out = b""
+    while value > 127:
+        out += bytes([128 + value % 128])
+        value //= 128
+    return out + bytes([value])
+
+
+def id_of(tensors: Tensors) -> bytes:
+    """The layout id."""
+    codes = {name: code for code, name in DTYPES.items()}
+    out = b""
+    for name, shape, dtype in tensors:
+        text, dims = name.encode("utf-8"), b"".join(map(write_varint, shape))
+        tensor = b""
+        if text:
+            tensor += b"\x0a" + write_varint(len(text)) + text
+        if dims:
+            tensor += b"\x12" + write_varint(len(dims)) + dims
+        tensor += bytes([0x18, codes[dtype]])
+        out += b"\x0a" + write_varint(len(tensor)) + tensor
+    return hashlib.blake2b(out, digest_size=16).digest()
+
+
+# --- Bits -------------------------------------------------------------------------------------
+
+
+class Bits:
+    """A stream of bits, read from the front."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name, self.data, self.at = name, data, 0
+
+    def next(self) -> int:
+        """The next bit."""
+        if self.at >= 8 * len(self.data):
+            raise FaultError("StreamLengthError", f"{self.name} ends after {self.at} bits")
+        bit = (self.data[self.at >> 3] >> (self.at & 7)) & 1
+        self.at += 1
+        return bit
+
+    def end(self) -> None:
+        """Nothing but zeros up to the last byte's end, and no further bytes."""
+        expected = (self.at + 7) // 8
+        if len(self.data) != expected:
+            sizes = f"{len(self.data)} bytes, not {expected}"
+            raise FaultError("StreamLengthError", f"{self.name} has {sizes} for {self.at} bits")
+        while self.at < 8 * len(self.data):
+            if self.next():
+                raise FaultError("PaddingError", f"{self.name} has a set bit {self.at - 1}")
+
+
+# --- Ternary bodies ---------------------------------------------------------------------------
+
+
+def read_scales(fields: Fields, tensors: Tensors) -> list[float]:
+    """Field 1 of both ternary bodies."""
+    scales = floats_of(fields, 1)
+    if len(scales) != 1 and len(scales) != len(tensors):
+        raise FaultError("ScaleCountError", f"{len(scales)} scales for {len(tensors)} tensors")
+    for i, scale in enumerate(scales):
+        if not (math.isfinite(scale) and scale >= 0):
+            raise FaultError("ScaleError", f"scale {i} is {scale}")
+    return scales
+
+
+def read_golomb(data: bytes, update: Update) -> None:
+    """Golomb-Rice body."""
+    fields = read_fields(data)
+    update.scales = read_scales(fields, update.tensors)
+    d, size = update.num_parameters, number_of(fields, 2, 32)
+    if size not in [1 << level for level in range(8, 25)]:
+        raise FaultError("BlockSizeError", f"a block size of {size}")
+    nonzeros, rice = numbers_of(fields, 3, 32), bytes_of(fields, 4)
+    blocks = (d + size - 1) // size
+    if len(nonzeros) != blocks or len(rice) != blocks:
+        counts = f"{len(nonzeros)} block_nonzeros, {len(rice)} rice_parameters"
+        raise FaultError("BlockCountError", f"{counts} for {blocks} blocks")
+    quotients = Bits("quotients", bytes_of(fields, 5))
+    remainders = Bits("remainders", bytes_of(fields, 6))
+    signs = Bits("signs", bytes_of(fields, 7))
+    update.signs = {}
+    for block in range(blocks):
+        start = block * size
+        parameters = min(size, d - start)
+        n, b = nonzeros[block], rice[block]
+        if b > 24:
+            raise FaultError("RiceParameterError", f"b = {b} in block {block}")
+        if n > parameters:
+            raise FaultError("BlockNonzerosError", f"{n} of {parameters} nonzeros in block {block}")
+        position = -1
+        for _ in range(n):
+            quotient = 0
+            while quotients.next() == 0:
+                quotient += 1
+            remainder = sum(remainders.next() << i for i in range(b))
+            position += (quotient << b) + remainder + 1
+            if position >= parameters:
+                raise FaultError("PositionError", f"position {position} of block {block}")
+            update.signs[update.offset + start + position] = -1 if signs.next() else 1
+    for stream in (quotients, remainders, signs):
+        stream.end()
+
+
+def read_bitmask(data: bytes, update: Update) -> None:
+    """Bit masks."""
+    fields = read_fields(data)
+    update.scales = read_scales(fields, update.tensors)
+    masks = []
+    for number, name in ((2, "positive"), (3, "negative")):
+        mask = bytes_of(fields, number)
+        expected = (update.num_parameters + 7) // 8
+        if len(mask) != expected:
+            raise FaultError("StreamLengthError", f"{name} has {len(mask)} bytes, not {expected}")
+        stream = Bits(name, mask)
+        masks.append([stream.next() for _ in range(update.num_parameters)])
+        stream.end()
+    update.signs = {}
+    for i, (positive, negative) in enumerate(zip(*masks, strict=True)):
+        if positive and negative:
+            raise FaultError("MaskOverlapError", f"parameter {update.offset + i} is in both masks")
+        if positive or negative:
+            update.signs[update.offset + i] = 1 if positive else -1
+
+
+# --- Dense body -------------------------------------------------------------------------------
+
+
+def read_dense(data: bytes, update: Update) -> None:
+    """Dense body."""
+    fields = read_fields(data)
+    dtype, values = number_of(fields, 1, 32), bytes_of(fields, 2)
+    if dtype not in DTYPES:
+        raise FaultError("DTypeError", f"the body has dtype {dtype}, not 1, 2 or 3")
+    width = 4 if DTYPES[dtype] == "f32" else 2
+    if len(values) != width * update.num_parameters:
+        raise FaultError(
+            "StreamLengthError", f"{len(values)} bytes for {update.num_parameters} values"
+        )
+    if DTYPES[dtype] == "bf16":
+        values = b"".join(b"\0\0" + values[i : i + 2] for i in range(0, len(values), 2))
+    code = "<e" if DTYPES[dtype] == "f16" else "<f"
+    update.values = [item[0] for item in struct.iter_unpack(code, values)]
+    for i, value in enumerate(update.values):
+        if not math.isfinite(value):
+            raise FaultError("NonFiniteBodyError", f"parameter {update.offset + i} is {value}")
+
+
+BODIES = {8: ("golomb", read_golomb), 9: ("bitmask", read_bitmask), 10: ("dense", read_dense)}
+
+
+# --- Checksum, the message --------------------------------------------------------------------
+
+
+def decode(blob: bytes, layout: Tensors | None = None, *, part: bool = False) -> Update:
+    """Read one message.
+
+    ``layout`` is the one that the update must be for, if there is such. Unless ``part``, the update
+    must cover its layout.
+    """
+    if len(blob) > (1 << 31) - 1:
+        raise FaultError("UpdateSizeError", f"{len(blob)} bytes")
+    if len(blob) < 5 or blob[-5] != 0x7D:
+        raise FaultError("ChecksumError", "no field 15 at the end")
+    (crc,) = struct.unpack("<I", blob[-4:])
+    if crc != zlib.crc32(blob[:-5]):
+        raise FaultError("ChecksumError", f"{crc:08x}, not {zlib.crc32(blob[:-5]):08x}")
+    fields = read_fields(blob[:-5])
+    for number, wire, value in fields:
+        if number == 15:
+            if wire != FIXED32 or value == b"\0\0\0\0":
+                raise unusual("a field 15 that a library does not see before the last five bytes")
+            raise malformed("a field 15 before the last five bytes")
+
+    metadata = {}
+    for number, wire, value in fields:
+        if number == 6:
+            if wire != BYTES:
+                raise unusual(f"metadata of wire type {wire}")
+            entry = read_fields(value)
+            if any(key not in (1, 2) for key, _, _ in entry):
+                raise unusual("an entry of metadata with other fields than key and value")
+            metadata[text_of(entry, 1)] = text_of(entry, 2)
+
+    inline, by_id = only(fields, 1, BYTES), only(fields, 2, BYTES)
+    if inline is not None and by_id is not None:
+        raise unusual("a layout and a layout id")
+    if inline is None and by_id is None:
+        raise FaultError("UnknownLayoutError", "neither a layout nor a layout id")
+    if inline is not None:
+        tensors = read_layout(inline)
+        if layout is not None and tensors != layout:
+            raise FaultError("LayoutMismatchError", "another layout than expected")
+    else:
+        if len(by_id) != 16:
+            raise malformed(f"a layout id of {len(by_id)} bytes")
+        if layout is None or by_id != id_of(layout):
+            raise FaultError("UnknownLayoutError", f"layout {by_id.hex()} is not known")
+        tensors = layout
+
+    bodies = [item for item in fields if item[0] in BODIES]
+    if not bodies:
+        raise FaultError("MissingBodyError", "no body, or none that this reader knows")
+    if len(bodies) > 1:
+        raise unusual(f"{len(bodies)} bodies")
+    number, wire, data = bodies[0]
+    if wire != BYTES:
+        raise unusual(f"a body of wire type {wire}")
+
+    name, read_body = BODIES[number]
+    d, offset, total = number_of(fields, 3), number_of(fields, 4), parameters_of(tensors)
+    if offset > total or d > total - offset:
+        raise FaultError("LayoutMismatchError", f"{offset} + {d} parameters of {total}")
+    if not part and (offset, d) != (0, total):
+        raise FaultError("CoverageError", f"{offset} .. {offset + d} of {total} parameters")
+    if layout is None and d > max(1 << 24, len(blob) << 13):
+        raise FaultError("ImplausibleSizeError", f"{d} parameters in {len(blob)} bytes")
+    update = Update(tensors, id_of(tensors), d, offset, number_of(fields, 5), metadata, body=name)
+    read_body(data, update)
+    return update

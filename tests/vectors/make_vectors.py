@@ -1,0 +1,249 @@
+"""Write the golden files of the update format: tests/vectors/*.compeft and manifest.json.
+
+Golden files pin the bytes: they were written once, and a change that makes them differ is a change
+of the format. No test runs this script, and it overwrites nothing unless told to with ``--force``.
+
+    python tests/vectors/make_vectors.py [--force]
+
+Each case of the manifest says how its input was made (`make_input` repeats it from the seed), how
+it was encoded, and what it decodes to. Whole updates were written by compeft_fl.encode, and only if
+tests/reference_encoder.py writes the same bytes; parts by tests/reference_encoder.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+
+import reference_encoder  # noqa: E402
+
+MANIFEST = HERE / "manifest.json"
+
+# Tensors: name, shape, data type at home, and the density of nonzeros in it.
+LORA = [
+    ["base.layer.0.lora_A.weight", [4, 96], "f32", 0.05],
+    ["base.layer.0.lora_B.weight", [96, 4], "f32", 0.02],
+    ["base.layer.1.lora_A.weight", [4, 96], "f16", 0.3],
+    ["base.layer.1.lora_B.weight", [96, 4], "bf16", 0.1],
+]
+ODD = [  # a scalar, tensors without parameters, an empty name, names that are not ASCII
+    ["", [], "f32", 1.0],
+    ["empty", [0, 2**40], "f16", 0.0],
+    ["größe ∑", [7, 1, 19], "bf16", 0.2],
+    ["also empty", [3, 0], "f32", 0.0],
+    ["last", [123], "f32", 0.4],
+]
+FEW = [["w", [30_000], "f32", 0.0004]]
+UNEVEN = [["thick", [3_000], "f32", 0.6], ["thin", [9_000], "f32", 0.003]]
+STRIPES = [[f"stripe.{i}", [256], "f32", (0.9, 0.002)[i % 2]] for i in range(24)]
+MIDDLE = [["w", [128, 128], "f32", 0.01]]
+METADATA = {"adapter_config": '{"r": 4, "peft_type": "LORA"}', "empty": "", "": "no key", "Ä": "ö"}
+
+CASES: list[dict[str, Any]] = [
+    {"name": "golomb", "codec": "golomb", "tensors": LORA, "scales": [0.0123]},
+    {"name": "golomb-by-id", "codec": "golomb", "tensors": LORA, "scales": [0.0123],
+     "layout_by_id": True, "base_version": 300},
+    {"name": "golomb-scales", "codec": "golomb", "tensors": LORA,
+     "scales": [0.5, 0.0, 3e-38, 7.25]},
+    {"name": "golomb-metadata", "codec": "golomb", "tensors": LORA, "scales": [1.0],
+     "base_version": 2**64 - 1, "metadata": METADATA},
+    {"name": "golomb-odd-layout", "codec": "golomb", "tensors": ODD, "scales": [2.0]},
+    {"name": "golomb-few", "codec": "golomb", "tensors": FEW, "scales": [0.25]},
+    {"name": "golomb-uneven", "codec": "golomb", "tensors": UNEVEN, "scales": [0.25, 0.75]},
+    {"name": "golomb-stripes", "codec": "golomb", "tensors": STRIPES, "scales": [1e-6]},
+    {"name": "golomb-middle", "codec": "golomb", "tensors": MIDDLE, "scales": [1.5]},
+    {"name": "golomb-zero", "codec": "golomb", "tensors": [["w", [5_000], "f32", 0.0]],
+     "scales": [0.0]},
+    {"name": "golomb-full", "codec": "golomb", "tensors": [["w", [1_111], "f32", 1.0]],
+     "scales": [0.125]},
+    {"name": "golomb-one", "codec": "golomb", "tensors": [["w", [1], "f32", 1.0]], "scales": [1.0]},
+    {"name": "golomb-no-parameters", "codec": "golomb", "tensors": [["w", [0], "f32", 0.0]],
+     "scales": [0.0]},
+    {"name": "bitmask", "codec": "bitmask", "tensors": LORA, "scales": [0.0123]},
+    {"name": "bitmask-by-id", "codec": "bitmask", "tensors": ODD, "scales": [1, 2, 3, 4, 5],
+     "layout_by_id": True, "base_version": 1},
+    {"name": "bitmask-zero", "codec": "bitmask", "tensors": [["w", [65], "f32", 0.0]],
+     "scales": [0.0]},
+    {"name": "bitmask-full", "codec": "bitmask", "tensors": [["w", [64], "f32", 1.0]],
+     "scales": [0.5], "metadata": {"note": "all set"}},
+    {"name": "dense", "codec": "dense", "tensors": ODD},
+    {"name": "dense-by-id", "codec": "dense", "tensors": LORA, "layout_by_id": True,
+     "base_version": 127},
+    {"name": "dense-fp16", "codec": "dense-fp16", "tensors": LORA},
+    {"name": "dense-bf16", "codec": "dense-bf16", "tensors": LORA, "metadata": {"k": "v"}},
+    {"name": "parts-golomb", "codec": "golomb", "tensors": LORA, "scales": [0.5, 0.0, 3e-38, 7.25],
+     "base_version": 9, "parts": [[0, 384], [384, 900], [900, 1536]]},
+    {"name": "parts-mixed", "codec": ["bitmask", "golomb"], "tensors": LORA, "scales": [2.0],
+     "layout_by_id": True, "metadata": {"note": "the first alone"},
+     "parts": [[0, 333], [333, 1536]]},
+    {"name": "parts-dense", "codec": ["dense", "dense-bf16", "dense-fp16"], "tensors": ODD,
+     "parts": [[0, 1], [1, 134], [134, 257]]},
+]  # fmt: skip
+
+
+def size_of(shape: list[int]) -> int:
+    """The product of a shape."""
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def make_input(case: dict[str, Any]) -> list[int] | list[float]:
+    """The case's input, again: signs (-1, 0, 1) where it has scales, values where it has none.
+
+    Only ``random.Random.random`` is used, whose numbers are the same in all versions of Python.
+    """
+    rng = random.Random(case["seed"])
+    if "scales" in case:
+        signs = []
+        for _, shape, _, density in case["tensors"]:
+            for _ in range(size_of(shape)):
+                kept, negative = rng.random() < density, rng.random() < 0.5
+                signs.append((-1 if negative else 1) if kept else 0)
+        return signs
+    d = sum(size_of(shape) for _, shape, _, _ in case["tensors"])
+    values = [to_float32((rng.random() - 0.5) * 2.0 ** -(i % 30)) for i in range(d)]
+    values[:5] = [-0.0, 1.00390625, 1.01171875, 65504.0, -1.0]  # ties of bfloat16, float16's last
+    return values
+
+
+def digest_of(content: list[int] | list[float], scales: list[float] | None) -> str:
+    """SHA-256 of what an update says, parameter by parameter.
+
+    Ternary: the text "index:+" or "index:-" of each nonzero in order, one a line. Dense: the values
+    as little-endian float32.
+    """
+    if scales is not None:
+        signs = enumerate(content)
+        text = "".join(f"{index}:{'+' if sign > 0 else '-'}\n" for index, sign in signs if sign)
+        return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(b"".join(struct.pack("<f", value) for value in content)).hexdigest()
+
+
+def as_decoded(codec: str, values: list[float]) -> list[float]:
+    """Values after the rounding of a dense codec."""
+    if codec == "dense":
+        return values
+    if codec == "dense-fp16":
+        return [struct.unpack("<e", struct.pack("<e", value))[0] for value in values]
+    return [struct.unpack("<f", b"\0\0" + reference_encoder.bfloat16(value))[0] for value in values]
+
+
+def reference_parts(case: dict[str, Any]) -> list[bytes]:
+    """The case as tests/reference_encoder.py writes it: one message for each of its parts."""
+    content = make_input(case)
+    tensors = [(name, tuple(shape), dtype) for name, shape, dtype, _ in case["tensors"]]
+    codecs = case["codec"] if isinstance(case["codec"], list) else [case["codec"]]
+    blobs = []
+    for i, (start, stop) in enumerate(case.get("parts", [[0, len(content)]])):
+        body = reference_encoder.BODIES[codecs[i % len(codecs)]]
+        blobs.append(
+            reference_encoder.message(
+                tensors,
+                stop - start,
+                body(content[start:stop], case.get("scales")),
+                layout_by_id=case.get("layout_by_id", False),
+                offset=start,
+                base_version=case.get("base_version", 0),
+                metadata=None if i else case.get("metadata"),
+            )
+        )
+    return blobs
+
+
+def package_blob(case: dict[str, Any]) -> bytes:
+    """The case as compeft_fl writes it."""
+    import numpy as np
+
+    from compeft_fl import Layout, TaskVector, TernaryVector, encode
+    from compeft_fl.task_vector import TensorSpec
+
+    layout = Layout(
+        TensorSpec(name, tuple(shape), dtype) for name, shape, dtype, _ in case["tensors"]
+    )
+    content = make_input(case)
+    update: TaskVector | TernaryVector
+    if "scales" in case:
+        masks = []
+        for wanted in (1, -1):
+            bits = np.zeros(64 * ((len(content) + 63) // 64), np.uint8)
+            bits[: len(content)] = [sign == wanted for sign in content]
+            masks.append(np.packbits(bits, bitorder="little").view(np.uint64))
+        update = TernaryVector(layout, masks[0], masks[1], np.array(case["scales"], np.float32))
+    else:
+        update = TaskVector(layout, np.array(content, np.float32))
+    return encode(
+        update,
+        case["codec"],
+        layout_by_id=case.get("layout_by_id", False),
+        base_version=case.get("base_version", 0),
+        metadata=case.get("metadata"),
+    )
+
+
+def write_case(case: dict[str, Any], write: Any) -> dict[str, Any]:
+    """Write a case's files; return its entry of the manifest."""
+    blobs = reference_parts(case)
+    if "parts" not in case:
+        package = package_blob(case)
+        if package != blobs[0]:
+            sys.exit(f"{case['name']}: compeft_fl and the reference encoder write different bytes")
+    codecs = case["codec"] if isinstance(case["codec"], list) else [case["codec"]]
+    content = make_input(case)
+    if "scales" not in case:
+        decoded: list[float] = []
+        for i, (start, stop) in enumerate(case.get("parts", [[0, len(content)]])):
+            decoded += as_decoded(codecs[i % len(codecs)], content[start:stop])
+        content = decoded
+    files = []
+    for i, blob in enumerate(blobs):
+        name = f"{case['name']}.{i}.compeft" if len(blobs) > 1 else f"{case['name']}.compeft"
+        write(HERE / name, blob)
+        files.append(name)
+    tensors = [(name, tuple(shape), dtype) for name, shape, dtype, _ in case["tensors"]]
+    return {
+        **case,
+        "files": files,
+        "layout_id": reference_encoder.layout_id(tensors).hex(),
+        "num_parameters": len(content),
+        "num_nonzeros": sum(value != 0 for value in content),
+        "digest": digest_of(content, case.get("scales")),
+    }
+
+
+def main() -> None:
+    """Write all golden files, or say which of them is there already."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--force", action="store_true", help="overwrite the files that are there")
+    force = parser.parse_args().force
+    for index, case in enumerate(CASES):
+        case["seed"] = 20_231_113 + index
+    pending: dict[Path, bytes] = {}
+    entries = [write_case(case, pending.__setitem__) for case in CASES]
+    manifest = {"about": __doc__.strip(), "digest": digest_of.__doc__.strip(), "cases": entries}
+    pending[MANIFEST] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    there = sorted(path.name for path in pending if path.exists())
+    if there and not force:
+        sys.exit(f"{len(there)} files are there already ({there[0]}, ...): nothing written")
+    for path, data in pending.items():
+        path.write_bytes(data)
+    print(f"wrote {len(pending)} files, {sum(map(len, pending.values()))} bytes, to {HERE}")
+
+
+if __name__ == "__main__":
+    main()
