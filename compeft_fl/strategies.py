@@ -1,0 +1,33 @@
+"""Flower strategies that read ComPEFT's Updates; this is the path to import them from.
+
+>>> from compeft_fl.strategies import ComPEFTTies
+>>> strategy = ComPEFTTies(scaling=0.4, min_train_nodes=2)
+"""
+
+from __future__ import annotations
+
+from strategies import (
+    ComPEFTAverage,
+    ComPEFTStrategy,
+    ComPEFTTaskArithmetic,
+    ComPEFTTies,
+    Compressed,
+    ReplyStream,
+    RoundCount,
+    RoundCounts,
+    RoundObserver,
+    StreamingGrid,
+)
+
+__all__ = [
+    "ComPEFTAverage",
+    "ComPEFTStrategy",
+    "ComPEFTTaskArithmetic",
+    "ComPEFTTies",
+    "Compressed",
+    "ReplyStream",
+    "RoundCount",
+    "RoundCounts",
+    "RoundObserver",
+    "StreamingGrid",
+]

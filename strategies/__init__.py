@@ -1,0 +1,24 @@
+"""Flower strategies that read ComPEFT's Updates. Import them from `compeft_fl.strategies`."""
+
+from __future__ import annotations
+
+from strategies.average import ComPEFTAverage
+from strategies.compeft_strategy import ComPEFTStrategy
+from strategies.compressed import Compressed
+from strategies.observer import RoundCount, RoundCounts, RoundObserver
+from strategies.streaming_grid import ReplyStream, StreamingGrid
+from strategies.task_arithmetic import ComPEFTTaskArithmetic
+from strategies.ties import ComPEFTTies
+
+__all__ = [
+    "ComPEFTAverage",
+    "ComPEFTStrategy",
+    "ComPEFTTaskArithmetic",
+    "ComPEFTTies",
+    "Compressed",
+    "ReplyStream",
+    "RoundCount",
+    "RoundCounts",
+    "RoundObserver",
+    "StreamingGrid",
+]

@@ -1,0 +1,204 @@
+"""What the ComPEFT strategies share: Updates down, Updates up, each reply checked on its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, Unpack
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from compeft_fl.errors import CompeftError, ParameterError
+from compeft_fl.merging import Accumulator
+from compeft_fl.records import LOGGER
+from compeft_fl.task_vector import Layout, TaskVector
+from compeft_fl.ternary import TernaryVector
+from strategies.broadcast import Broadcast, Broadcaster
+from strategies.metrics import Metrics
+from strategies.observer import RoundCounts, RoundObserver
+from strategies.replies import Answer, Intake, update_of, weight_of
+from strategies.streaming_grid import StreamingGrid
+
+__all__ = ["ComPEFTStrategy", "FedAvgOptions"]
+
+MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class FedAvgOptions(TypedDict, total=False):
+    """The keywords of `flwr.serverapp.strategy.FedAvg`, with its defaults."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: MetricsFunction | None
+    evaluate_metrics_aggr_fn: MetricsFunction | None
+
+
+class ComPEFTStrategy(FedAvg):
+    """The base: a FedAvg whose messages carry Updates, merged as they arrive.
+
+    The global adapter goes down as one Update. Clients with `compeft_fl.mod.CompressionMod` answer
+    with Updates, which go into an accumulator one by one: the server's memory does not grow with
+    the number of clients. A reply that is broken, hostile, late or for another adapter is set
+    aside with a line in the log, and the round goes on; with none left, the global adapter stays
+    as it was.
+
+    Parameters
+    ----------
+    observer : RoundObserver, optional
+        Is told of each message. Default: a `RoundCounts`.
+    **options
+        FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
+        weighted mean; functions of your own get the MetricRecords only).
+
+    Raises
+    ------
+    LayoutError, NonFiniteError
+        From `start` and `configure_train`, for arrays that are no adapter's.
+    """
+
+    def __init__(
+        self, *, observer: RoundObserver | None = None, **options: Unpack[FedAvgOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.observer: RoundObserver = RoundCounts() if observer is None else observer
+        self._own_metrics = {
+            "train": options.get("train_metrics_aggr_fn") is not None,
+            "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
+        }
+        self._broadcaster = Broadcaster(self.observer)
+        self._base: Broadcast | None = None
+
+    @abstractmethod
+    def accumulator(self, layout: Layout) -> Accumulator:
+        """An empty accumulator for one round."""
+
+    def merging_weight(self, num_examples: float) -> float:
+        """The weight of a reply in the merge, from the one in its metrics."""
+        return num_examples
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The merge rule and its settings, for the log."""
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        LOGGER.info("\t├──> %s", self.describe())
+        super().summary()
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+        """Run the federation, as `flwr.serverapp.strategy.Strategy.start`; replies stream in.
+
+        Parameters
+        ----------
+        grid : flwr.serverapp.Grid
+        initial_arrays : flwr.app.ArrayRecord
+            One Array per tensor of the adapter.
+        *args, **kwargs
+            As Flower's: num_rounds, timeout, train_config, evaluate_config, evaluate_fn.
+
+        Returns
+        -------
+        flwr.serverapp.strategy.Result
+            Its arrays have one Array per tensor, of the initial order and data types.
+        """
+        self._broadcaster.encode(initial_arrays, 1)  # errors now, and not after waiting for nodes
+        return super().start(StreamingGrid.around(grid), initial_arrays, *args, **kwargs)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages of the next round of training, with the global adapter as an Update."""
+        self._base = self._broadcaster.encode(arrays, server_round)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._broadcaster.replace(messages, server_round, "train", server_round)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The global adapter plus the merged replies; unchanged where none can be used."""
+        if self._base is None:
+            raise ParameterError("expected configure_train before aggregate_train")
+        base = self._base
+        accumulator = self.accumulator(base.layout)
+        metrics = self._metrics("train")
+        intake = Intake("train", server_round, self.observer)
+
+        def read(answer: Answer) -> tuple[float, TernaryVector | TaskVector]:
+            _, _, weight = weight_of(answer.message.content, self.weighted_by_key)
+            return weight, base.read(update_of(answer.message.content)[1])
+
+        def add(answer: Answer, value: tuple[float, TernaryVector | TaskVector]) -> None:
+            accumulator.add(value[1], self.merging_weight(value[0]))
+            self._add_metrics(metrics, answer)
+            intake.accept(answer)
+
+        intake.take(replies, read, add)
+        intake.log()
+        return self._merge(server_round, base, accumulator), metrics.result()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages of the next evaluation, with the global adapter as an Update."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        # The version that the next round of training starts from: encoded once for both.
+        self._broadcaster.replace(messages, server_round, "evaluate", server_round + 1)
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The clients' metrics, aggregated."""
+        metrics = self._metrics("evaluate")
+        intake = Intake("evaluate", server_round, self.observer)
+
+        def read(answer: Answer) -> None:
+            weight_of(answer.message.content, self.weighted_by_key)
+
+        def add(answer: Answer, value: None) -> None:
+            self._add_metrics(metrics, answer)
+            intake.accept(answer)
+
+        intake.take(replies, read, add)
+        if intake.taken or self.fraction_evaluate > 0:
+            intake.log()
+        return metrics.result()
+
+    def _merge(self, server_round: int, base: Broadcast, accumulator: Accumulator) -> ArrayRecord:
+        if not accumulator.count:
+            if self.fraction_train > 0:
+                LOGGER.warning(
+                    "round %d: no reply could be used; the global adapter stays as it was",
+                    server_round,
+                )
+            return base.arrays
+        try:
+            return base.moved_by(accumulator.result())
+        except CompeftError as error:
+            LOGGER.warning(
+                "round %d: the merge cannot be used; the global adapter stays as it was: %s",
+                server_round,
+                error,
+            )
+            return base.arrays
+
+    def _metrics(self, kind: str) -> Metrics:
+        function = self.train_metrics_aggr_fn if kind == "train" else self.evaluate_metrics_aggr_fn
+        return Metrics(function, self.weighted_by_key, foldable=not self._own_metrics[kind])
+
+    def _add_metrics(self, metrics: Metrics, answer: Answer) -> None:
+        """A client whose metrics are no use still has a say in the merge."""
+        key, record, _ = weight_of(answer.message.content, self.weighted_by_key)
+        try:
+            metrics.add(key, record)
+        except CompeftError as error:
+            LOGGER.warning("the metrics of node %d are left out: %s", answer.node_id, error)

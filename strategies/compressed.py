@@ -1,0 +1,185 @@
+"""Any Flower strategy over compressed links."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from compeft_fl.errors import CompeftError, ParameterError
+from compeft_fl.records import LOGGER, array_records, metric_records
+from strategies.broadcast import Broadcast, Broadcaster, conform
+from strategies.metrics import Signature, check_metrics, signature
+from strategies.observer import RoundCounts, RoundObserver
+from strategies.replies import Answer, Intake, update_of, weight_of
+from strategies.streaming_grid import StreamingGrid
+
+__all__ = ["Compressed"]
+
+_MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not export
+
+
+class Compressed(Strategy):
+    """Lets a Flower strategy (FedAdam, Krum, FedProx, ...) run over compressed links, unchanged.
+
+    The inner strategy sees what it always sees: ordinary arrays, in its own messages and in the
+    replies, where they are the received weights plus the Update. Replies that cannot be used reach
+    it as error replies; so do those whose metrics have other keys than most, at which Flower's
+    strategies stop.
+
+    Flower's strategies hold all replies of a round at once, so memory grows with the number of
+    clients, as without compression; the ComPEFT strategies don't.
+
+    Parameters
+    ----------
+    inner : flwr.serverapp.strategy.Strategy
+        Its messages must carry one ArrayRecord of adapter weights.
+    observer : RoundObserver, optional
+        Is told of each message. Default: a `RoundCounts`.
+
+    Raises
+    ------
+    ParameterError
+        ``inner`` is no Strategy, or reads Updates itself.
+
+    Examples
+    --------
+    >>> from flwr.serverapp.strategy import FedAdam
+    >>> strategy = Compressed(FedAdam(eta=0.01))
+    """
+
+    def __init__(self, inner: Strategy, *, observer: RoundObserver | None = None) -> None:
+        from strategies.compeft_strategy import ComPEFTStrategy
+
+        if not isinstance(inner, Strategy) or isinstance(inner, Compressed | ComPEFTStrategy):
+            raise ParameterError(
+                f"expected a strategy that reads ordinary arrays, found {type(inner).__name__}"
+            )
+        self.inner = inner
+        self.observer: RoundObserver = RoundCounts() if observer is None else observer
+        self._broadcaster = Broadcaster(self.observer)
+        self._arrays: ArrayRecord | None = None
+        self._sent: dict[int, Broadcast] = {}
+        self._messages: dict[int, Message] = {}
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        LOGGER.info("\t├──> Compressed links around %s:", type(self.inner).__name__)
+        self.inner.summary()
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+        """See `ComPEFTStrategy.start`."""
+        self._broadcaster.encode(initial_arrays, 1)  # errors now, and not after waiting for nodes
+        return super().start(StreamingGrid.around(grid), initial_arrays, *args, **kwargs)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages, their arrays replaced by Updates."""
+        self._arrays = arrays
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._messages = {message.metadata.dst_node_id: message for message in messages}
+        self._sent = self._broadcaster.replace(messages, server_round, "train", server_round)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the inner strategy makes of the expanded replies."""
+        if self._arrays is None:
+            raise ParameterError("expected configure_train before aggregate_train")
+        usable = self._usable("train", server_round, replies)
+        arrays, metrics = self.inner.aggregate_train(server_round, usable)
+        if arrays is None:
+            if self._sent:
+                LOGGER.warning("round %d: the global adapter stays as it was", server_round)
+            return self._arrays, metrics
+        try:
+            return conform(arrays, self._arrays), metrics
+        except CompeftError as error:
+            LOGGER.warning(
+                "round %d: what %s made cannot be used, the global adapter stays as it was: %s",
+                server_round,
+                type(self.inner).__name__,
+                error,
+            )
+            return self._arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The inner strategy's messages, their arrays replaced by Updates."""
+        messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        self._messages = {message.metadata.dst_node_id: message for message in messages}
+        self._broadcaster.replace(messages, server_round, "evaluate", server_round + 1)
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """What the inner strategy makes of the replies."""
+        return self.inner.aggregate_evaluate(
+            server_round, self._usable("evaluate", server_round, replies)
+        )
+
+    def _usable(self, kind: str, server_round: int, replies: Iterable[Message]) -> list[Message]:
+        """Replies as the inner strategy knows them: with ordinary arrays, or with an error."""
+        intake = Intake(kind, server_round, self.observer)
+        kept: list[tuple[Answer, Signature]] = []
+
+        def read(answer: Answer) -> tuple[RecordDict, Signature]:
+            content = answer.message.content
+            kinds = self._signature(content)
+            if kind == "train":
+                content = self._expand(answer.node_id, content)
+            return content, kinds
+
+        def add(answer: Answer, value: tuple[RecordDict, Signature]) -> None:
+            answer.message.content = value[0]
+            kept.append((answer, value[1]))
+
+        intake.take(replies, read, add)
+        usable = []
+        usual = [kinds for kinds, _ in Counter(kinds for _, kinds in kept).most_common(1)]
+        for answer, kinds in kept:
+            if kinds in usual:
+                intake.accept(answer)
+                usable.append(answer.message)
+            else:
+                reason = "its records or metrics have other keys than those of most replies"
+                intake.set_aside(answer.node_id, answer.num_bytes, reason)
+        intake.log()
+        # A strategy for differential privacy, say, must know that a node has failed.
+        failed = dict(intake.failed)
+        for message in usable:
+            failed.pop(message.metadata.src_node_id, None)
+        usable.extend(
+            Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=self._messages[node_id])
+            for node_id, reason in failed.items()
+            if node_id in self._messages
+        )
+        return usable
+
+    def _expand(self, node_id: int, content: RecordDict) -> RecordDict:
+        """A reply's content with ordinary arrays: those that were sent, plus the Update."""
+        key, blob = update_of(content)
+        if node_id not in self._sent:
+            raise ParameterError("expected a reply from a node that was sent the adapter")
+        base = self._sent[node_id]
+        return RecordDict({**content, key: base.moved_by(base.read(blob).to_task_vector())})
+
+    def _signature(self, content: RecordDict) -> Signature:
+        """What must be the same in all replies for Flower's strategies; metrics are checked."""
+        weight_key = getattr(self.inner, "weighted_by_key", None)
+        if weight_key is None:  # Flower's wrappers for differential privacy
+            weight_key = getattr(getattr(self.inner, "strategy", None), "weighted_by_key", None)
+        if isinstance(weight_key, str):
+            weight_of(content, weight_key)
+        for metrics in metric_records(content).values():
+            check_metrics(metrics)
+        arrays = tuple(array_records(content))
+        return arrays, *(signature(key, m) for key, m in metric_records(content).items())

@@ -1,0 +1,126 @@
+"""Who is told of each message of a round: counters here, a ledger or a display elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flwr.app import MetricRecord
+
+__all__ = ["RoundCount", "RoundCounts", "RoundObserver"]
+
+
+class RoundObserver(Protocol):
+    """What a strategy calls as messages go out and come in."""
+
+    def on_broadcast(
+        self, server_round: int, kind: str, node_ids: Sequence[int], num_bytes: int
+    ) -> None:
+        """The same Update is about to go to these nodes.
+
+        Parameters
+        ----------
+        server_round : int
+        kind : "train" or "evaluate"
+        node_ids : sequence of int
+        num_bytes : int
+            The Update's bytes, for each node.
+        """
+
+    def on_reply(
+        self,
+        server_round: int,
+        kind: str,
+        node_id: int,
+        num_bytes: int,
+        metrics: MetricRecord | None,
+        reason: str | None,
+    ) -> None:
+        """A reply has been taken, set aside, or has not come in time.
+
+        Parameters
+        ----------
+        server_round : int
+        kind : "train" or "evaluate"
+        node_id : int
+        num_bytes : int
+            The bytes of the Update that came with it, whatever they are worth; 0 where none came.
+        metrics : MetricRecord or None
+            The client's metrics; None where the reply was set aside.
+        reason : str or None
+            Why it was set aside; None where it was taken.
+        """
+
+
+@dataclass
+class RoundCount:
+    """The messages of one round and kind.
+
+    Attributes
+    ----------
+    nodes : int
+        Messages sent.
+    replies : int
+        Replies taken.
+    set_aside : list of (node id, reason)
+    down_bytes, up_bytes : int
+        Bytes of Updates, summed over nodes.
+    """
+
+    nodes: int = 0
+    replies: int = 0
+    set_aside: list[tuple[int, str]] = field(default_factory=list)
+    down_bytes: int = 0
+    up_bytes: int = 0
+
+
+class RoundCounts:
+    """The default observer: counts and bytes by round.
+
+    Attributes
+    ----------
+    train, evaluate : dict of int to RoundCount
+        By round.
+
+    Examples
+    --------
+    >>> counts = RoundCounts()
+    >>> counts.on_broadcast(1, "train", [11, 12], 400)
+    >>> counts.on_reply(1, "train", 12, 31, None, None)
+    >>> counts.train[1].down_bytes, counts.train[1].up_bytes
+    (800, 31)
+    """
+
+    def __init__(self) -> None:
+        self.train: dict[int, RoundCount] = {}
+        self.evaluate: dict[int, RoundCount] = {}
+
+    def on_broadcast(
+        self, server_round: int, kind: str, node_ids: Sequence[int], num_bytes: int
+    ) -> None:
+        """See `RoundObserver.on_broadcast`."""
+        count = self._count(server_round, kind)
+        count.nodes += len(node_ids)
+        count.down_bytes += len(node_ids) * num_bytes
+
+    def on_reply(
+        self,
+        server_round: int,
+        kind: str,
+        node_id: int,
+        num_bytes: int,
+        metrics: MetricRecord | None,
+        reason: str | None,
+    ) -> None:
+        """See `RoundObserver.on_reply`."""
+        count = self._count(server_round, kind)
+        count.up_bytes += num_bytes
+        if reason is None:
+            count.replies += 1
+        else:
+            count.set_aside.append((node_id, reason))
+
+    def _count(self, server_round: int, kind: str) -> RoundCount:
+        rounds = self.train if kind == "train" else self.evaluate
+        return rounds.setdefault(server_round, RoundCount())

@@ -1,0 +1,56 @@
+"""Task Arithmetic: the scaled sum of the clients' task vectors."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from compeft_fl.merging import Accumulator, TaskArithmetic
+from compeft_fl.task_vector import Layout
+from strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
+from strategies.observer import RoundObserver
+
+__all__ = ["ComPEFTTaskArithmetic"]
+
+
+class ComPEFTTaskArithmetic(ComPEFTStrategy):
+    """Task Arithmetic over compressed links: global + lambda * sum of tau_i, every client alike.
+
+    Parameters
+    ----------
+    scaling : float, optional
+        lambda, finite and not 0. Default: one over the number of replies, which is the plain mean.
+    observer, **options
+        As `ComPEFTStrategy`.
+
+    Raises
+    ------
+    ParameterError
+        A scaling out of its range.
+
+    Notes
+    -----
+    Source: Ilharco et al., https://arxiv.org/abs/2212.04089.
+    """
+
+    def __init__(
+        self,
+        *,
+        scaling: float | None = None,
+        observer: RoundObserver | None = None,
+        **options: Unpack[FedAvgOptions],
+    ) -> None:
+        self._method = TaskArithmetic(scaling)
+        super().__init__(observer=observer, **options)
+
+    def accumulator(self, layout: Layout) -> Accumulator:
+        """See `ComPEFTStrategy.accumulator`."""
+        return self._method.fresh(layout)
+
+    def merging_weight(self, num_examples: float) -> float:
+        """1: every client alike."""
+        return 1.0
+
+    def describe(self) -> str:
+        """See `ComPEFTStrategy.describe`."""
+        scaling = self._method.scaling
+        return f"Merge: task arithmetic, scaling {'1 / replies' if scaling is None else scaling}"
