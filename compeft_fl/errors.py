@@ -8,6 +8,8 @@
     ├── NonFiniteError          NaN or Inf where numbers are needed (also a ValueError)
     ├── AdapterError            an adapter folder or file that cannot be used
     ├── ConfigError             a key or a value of the ready-made app
+    ├── StateError              a node's or a server's state on disk that cannot be used
+    ├── ResyncError             a node lacks what a message builds on
     └── WireError               bytes that a decoder rejects (also a ValueError)
         ├── ChecksumError           the CRC-32 is missing or differs
         ├── MalformedError          not a protobuf Update, or a field that cannot be
@@ -59,9 +61,11 @@ __all__ = [
     "PaddingError",
     "ParameterError",
     "PositionError",
+    "ResyncError",
     "RiceParameterError",
     "ScaleCountError",
     "ScaleError",
+    "StateError",
     "StreamLengthError",
     "UnknownLayoutError",
     "UpdateSizeError",
@@ -92,6 +96,14 @@ class AdapterError(CompeftError):
 
 class ConfigError(CompeftError):
     """A key or a value of the ready-made app that it does not take."""
+
+
+class StateError(CompeftError):
+    """A node's or a server's state on disk that cannot be read, written or used."""
+
+
+class ResyncError(CompeftError):
+    """A node lacks what a message builds on, and has to be sent it."""
 
 
 class WireError(CompeftError, ValueError):

@@ -12,22 +12,28 @@ server needs a strategy that reads Updates: one of `compeft_fl.strategies`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
-from numpy.typing import NDArray
+from flwr.app import Array, Context, Error, Message, RecordDict
 
 from compeft_fl import codecs
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import check_density, check_scale, compress
-from compeft_fl.errors import CompeftError, LayoutError, ParameterError
+from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
+from compeft_fl.exchange.downlink import Shipment
+from compeft_fl.exchange.node_state import NOTHING, NodeState
+from compeft_fl.exchange.protocol import Answer, Offer, follow, settle
 from compeft_fl.exchange.uplink import ErrorFeedback
+from compeft_fl.node_memory import NodeMemory
 from compeft_fl.records import (
+    EXCHANGE_KEY,
     LOGGER,
+    answer_record,
     array_records,
+    find_offer,
     find_update,
     to_arrays,
     to_state,
@@ -35,13 +41,13 @@ from compeft_fl.records import (
     update_record,
 )
 from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode, encode, inspect, layout_id
+from compeft_fl.wire.messages import decode, encode, inspect
 
-__all__ = ["RESIDUAL_KEY", "CompressionMod"]
+__all__ = ["CompressionMod"]
 
-RESIDUAL_KEY = "compeft_fl.residual"  # the one record that the mod keeps in Context.state
 _MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not export
+
+CallNext = Callable[[Message, Context], Message]
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,15 @@ class _Received:
 class CompressionMod:
     """Expand the adapter that a message brings, and compress what training changed in the reply.
 
-    On the way in, an Update is replaced by an ordinary ArrayRecord (one Array per tensor) under
-    the same key; ordinary ArrayRecords, as stock strategies send them, stay as they are. On the
-    way out of training, the reply's ArrayRecord is replaced by one Array with the Update of
-    returned - received weights. Replies to other messages, error replies and replies without
-    arrays are not touched.
+    On the way in, Updates are replaced by an ordinary ArrayRecord (one Array per tensor); ordinary
+    ArrayRecords, as stock strategies send them, stay as they are. On the way out of training, the
+    reply's ArrayRecord is replaced by one Array with the Update of returned - received weights.
+    Replies to other messages, error replies and replies without arrays are not touched.
 
-    What cannot be compressed (NaN, another layout) becomes an error reply that says why.
+    What a node must remember from round to round, its residual and its copy of the global adapter,
+    lies in files under a state folder, see `compeft_fl.node_memory`. What cannot be compressed
+    (NaN, another layout) becomes an error reply that says why; a node that has lost its copy says
+    so, and the server sends it within the same round.
 
     Parameters
     ----------
@@ -71,11 +79,17 @@ class CompressionMod:
     scale : "mean", "norm" or float
         The scale rule, see `compeft_fl.compress`.
     error_feedback : bool
-        Keep what was not sent, the residual, and add it to the next task vector. It lies in
-        ``Context.state`` as one record, float32, as large as the adapter.
+        Keep what was not sent, the residual, and add it to the next task vector.
     codec : str
         A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
         no density, no scale, no residual.
+    initial_adapter : callable, optional
+        Takes the Context, gives the adapter that the federation starts from (names to arrays), as
+        this node makes it by itself, from the seed. Where it is the server's, bit for bit, nothing
+        is sent at first contact.
+    state_dir : path, optional
+        The state folder. Default: the node config's ``state-dir``, then the environment's
+        ``COMPEFT_FL_STATE_DIR``, then ``~/.local/state/compeft_fl``.
 
     Raises
     ------
@@ -101,6 +115,8 @@ class CompressionMod:
         scale: str | float = "mean",
         error_feedback: bool = True,
         codec: str = "golomb",
+        initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
+        state_dir: str | Path | None = None,
     ) -> None:
         check_density(density)
         check_scale(scale)
@@ -109,10 +125,10 @@ class CompressionMod:
         self.density, self.scale, self.error_feedback = density, scale, error_feedback
         self.codec = codec
         self._sends_dense = isinstance(codecs.get(codec), Dense)
+        self._initial_adapter = initial_adapter
+        self._state_dir = state_dir
 
-    def __call__(
-        self, msg: Message, context: Context, call_next: Callable[[Message, Context], Message]
-    ) -> Message:
+    def __call__(self, msg: Message, context: Context, call_next: CallNext) -> Message:
         """Handle one message; Flower calls this.
 
         Parameters
@@ -122,54 +138,126 @@ class CompressionMod:
         call_next : callable
             The next mod, or the ClientApp.
         """
+        if not msg.has_content():
+            return call_next(msg, context)
         try:
-            received = self._expand_incoming(msg)
+            told = find_offer(msg.content)
+            federation = told[0].federation if told else f"run-{context.run_id}"
+            with NodeMemory.of(context, federation, self._state_dir) as memory:
+                if told is None:
+                    return self._without_offer(msg, context, call_next, memory)
+                return self._with_offer(msg, context, call_next, memory, *told)
         except CompeftError as error:
             return _failure(msg, error)
+
+    def _with_offer(
+        self, msg: Message, context: Context, call_next: CallNext, memory: NodeMemory,
+        offer: Offer, key: str, shipment: Shipment,
+    ) -> Message:  # fmt: skip
+        """A message of a server that knows what this node has."""
+        trains = _trains(msg)
+        state, kept = memory.state, _version(memory.state)
+        try:
+            replica = follow(state, offer, shipment, lambda: self._initial(context))
+            if trains:
+                state = _settled(state, offer)
+        except ResyncError as error:
+            LOGGER.info("CompressionMod: asks for what it lacks: %s", error)
+            answer = answer_record(Answer(memory.name, kept, str(error)))
+            return Message(RecordDict({EXCHANGE_KEY: answer}), reply_to=msg)
+        state = state.following(replica)
+
+        arrays = to_arrays(unflatten(TaskVector(replica.layout, replica.values)))
+        received = _Received({key: dict(arrays)}, replica.layout, offer.version)
+        # A content of its own: in one process, several nodes' messages can share theirs.
+        others = {name: record for name, record in msg.content.items() if name != EXCHANGE_KEY}
+        msg.content = RecordDict({**others, key: arrays})
         reply = call_next(msg, context)
-        trained = msg.metadata.message_type.partition(".")[0] == "train"
-        if not trained or reply.has_error() or not array_records(reply.content):
+        if reply.has_error():
+            memory.save(memory.state.following(replica))
+            return reply
+        if trains and array_records(reply.content):
+            state = self._compress_outgoing(received, reply, state, offer.version)
+        if memory.save(state):
+            kept = replica.version
+        answer = answer_record(Answer(memory.name, kept))
+        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
+        return reply
+
+    def _without_offer(
+        self, msg: Message, context: Context, call_next: CallNext, memory: NodeMemory
+    ) -> Message:
+        """A message of a stock strategy, or one Update that says all."""
+        received = _expand_incoming(msg)
+        reply = call_next(msg, context)
+        if not _trains(msg) or reply.has_error() or not array_records(reply.content):
             return reply
         if not received.records:  # nothing to be relative to
             return reply
-        try:
-            self._compress_outgoing(received, reply, context)
-        except CompeftError as error:
-            return _failure(msg, error)
+        state = self._compress_outgoing(received, reply, memory.state, received.version)
+        if not self._sends_dense and self.error_feedback:
+            # Nobody says later whether it was taken: suppose that it was.
+            memory.save(replace(state, residual=state.next_residual, next_residual=None))
         return reply
 
-    def _expand_incoming(self, msg: Message) -> _Received:
-        """Replace an Update by the arrays that it stands for."""
-        if not msg.has_content():
-            return _Received({}, None, 0)
-        found = find_update(msg.content)
-        if found is None:
-            # Copies of the records: a ClientApp may empty those that it gets.
-            plain = {key: dict(record) for key, record in array_records(msg.content).items()}
-            return _Received(plain, None, 0)
-        key, blob = found
-        header, adapter = inspect(blob), decode(blob).to_task_vector()
-        arrays = to_arrays(unflatten(adapter))
-        # A content of its own: in one process, several nodes' messages can share theirs.
-        msg.content = RecordDict({**msg.content, key: arrays})
-        return _Received({key: dict(arrays)}, adapter.layout, header.base_version)
-
-    def _compress_outgoing(self, received: _Received, reply: Message, context: Context) -> None:
-        """Replace the trained arrays by the Update that they are."""
+    def _compress_outgoing(
+        self, received: _Received, reply: Message, state: NodeState, version: int
+    ) -> NodeState:
+        """Replace the trained arrays by the Update that they are; the state with what is left."""
         key, tau = _task_vector(received, reply)
-        feedback = None
-        update: TaskVector | TernaryVector = tau
-        if not self._sends_dense and self.error_feedback:
-            residual = _load_residual(context, tau.layout)
-            feedback = ErrorFeedback(self.density, self.scale, residual)
+        residual = None
+        if self._sends_dense:
+            blob = encode(tau, self.codec, layout_by_id=True, base_version=version)
+        elif self.error_feedback:
+            fits = state.layout in {None, tau.layout}
+            if not fits:
+                LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
+            feedback = ErrorFeedback(self.density, self.scale, state.residual if fits else None)
             update = feedback.compress(tau)
-        elif not self._sends_dense:
+            blob = encode(update, self.codec, layout_by_id=True, base_version=version)
+            residual = feedback.residual
+        else:
             update = compress(tau, self.density, self.scale)
-        blob = encode(update, self.codec, layout_by_id=True, base_version=received.version)
+            blob = encode(update, self.codec, layout_by_id=True, base_version=version)
         reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
-        if feedback is not None:  # only now: what could not be encoded was not sent
-            _save_residual(context, tau.layout, feedback.residual)
         LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
+        return replace(state, layout=tau.layout).after_training(version, residual)
+
+    def _initial(self, context: Context) -> TaskVector:
+        if self._initial_adapter is None:
+            raise ResyncError("this node has no adapter of this federation")
+        return TaskVector.from_dict(dict(self._initial_adapter(context)))
+
+
+def _trains(msg: Message) -> bool:
+    return msg.metadata.message_type.partition(".")[0] == "train"
+
+
+def _version(state: NodeState) -> int:
+    return NOTHING if state.replica is None else state.replica.version
+
+
+def _settled(state: NodeState, offer: Offer) -> NodeState:
+    """See `settle`; a state that lost what was left to send goes on without."""
+    try:
+        return settle(state, offer)
+    except StateError as error:
+        LOGGER.warning("CompressionMod: the residual is dropped: %s", error)
+        return state.without_residual(offer.taken)
+
+
+def _expand_incoming(msg: Message) -> _Received:
+    """Replace an Update that says all by the arrays that it stands for."""
+    found = find_update(msg.content)
+    if found is None:
+        # Copies of the records: a ClientApp may empty those that it gets.
+        plain = {key: dict(record) for key, record in array_records(msg.content).items()}
+        return _Received(plain, None, 0)
+    key, blob = found
+    header, adapter = inspect(blob), decode(blob).to_task_vector()
+    arrays = to_arrays(unflatten(adapter))
+    msg.content = RecordDict({**msg.content, key: arrays})
+    return _Received({key: dict(arrays)}, adapter.layout, header.base_version)
 
 
 def _task_vector(received: _Received, reply: Message) -> tuple[str, TaskVector]:
@@ -198,40 +286,6 @@ def _task_vector(received: _Received, reply: Message) -> tuple[str, TaskVector]:
         after = dict(zip(before, after.values(), strict=True))
     tau = TaskVector.between(before, after)
     return key, tau if received.layout is None else TaskVector(received.layout, tau.values)
-
-
-def _load_residual(context: Context, layout: Layout) -> NDArray[np.float32] | None:
-    """What earlier rounds have left for this layout; None, and said, where it does not fit."""
-    record = context.state.get(RESIDUAL_KEY)
-    if record is None:
-        return None
-    name = layout_id(layout).hex()
-    try:
-        if not isinstance(record, ArrayRecord) or name not in record:
-            raise LayoutError("it is for another layout")
-        residual: NDArray[Any] = to_state(record)[name]
-        if residual.shape != (layout.num_parameters,) or residual.dtype != np.float32:
-            raise LayoutError(
-                f"expected {layout.num_parameters} float32 values, "
-                f"found {residual.dtype} of shape {residual.shape}"
-            )
-        if not np.isfinite(residual).all():
-            raise LayoutError("it has NaN or Inf")
-    except LayoutError as error:
-        LOGGER.warning(
-            "CompressionMod: the residual in Context.state is dropped, which is as if nothing had "
-            "been left: %s",
-            error,
-        )
-        del context.state[RESIDUAL_KEY]
-        return None
-    return residual
-
-
-def _save_residual(context: Context, layout: Layout, residual: NDArray[np.float32] | None) -> None:
-    """Keep the residual until the next round, with the layout that it is for."""
-    if residual is not None:
-        context.state[RESIDUAL_KEY] = ArrayRecord({layout_id(layout).hex(): Array(residual)})
 
 
 def _failure(msg: Message, error: CompeftError) -> Message:

@@ -11,21 +11,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError
+from compeft_fl.exchange.downlink import Shipment
+from compeft_fl.exchange.protocol import Answer, Offer
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.wire.messages import STYPE
 
 __all__ = [
+    "EXCHANGE_KEY",
     "LOGGER",
+    "answer_record",
     "array_records",
+    "find_answer",
+    "find_offer",
     "find_update",
     "metric_records",
+    "offer_record",
+    "shipment_record",
     "to_arrays",
     "to_state",
     "unflatten",
@@ -35,7 +44,11 @@ __all__ = [
 # A child of Flower's own logger: shown, formatted and sent where Flower's lines are.
 LOGGER = logging.getLogger("flwr.compeft_fl")
 
+EXCHANGE_KEY = "compeft_fl.exchange"  # the ConfigRecord of offers and answers
+
 _UPDATE_KEY = "update"
+MAX_NAME = 128  # characters of a node's name
+
 _NUMPY_STYPE = "numpy.ndarray"
 _NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.float32}
 
@@ -102,6 +115,83 @@ def find_update(content: RecordDict) -> tuple[str, bytes] | None:
     if len(found) > 1:
         raise MalformedError(f"expected one Update in a message, found {len(found)}")
     return found[0] if found else None
+
+
+def shipment_record(shipment: Shipment, num_parameters: int) -> ArrayRecord:
+    """A shipment's Updates as an ArrayRecord, in order."""
+    return ArrayRecord(
+        {
+            f"{shipment.kind}-{index}": Array("float32", (num_parameters,), STYPE, blob)
+            for index, blob in enumerate(shipment.blobs)
+        }
+    )
+
+
+def offer_record(offer: Offer, key: str, kind: str) -> ConfigRecord:
+    """What the server says: the offer, and under which key the shipment of this kind lies."""
+    return ConfigRecord({**asdict(offer), "key": key, "kind": kind})
+
+
+def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
+    """The offer in a message, the key that the adapter belongs under, and the shipment.
+
+    Raises
+    ------
+    MalformedError
+        An offer that is none.
+    """
+    record = content.get(EXCHANGE_KEY)
+    if record is None:
+        return None
+    try:
+        told: dict[str, Any] = dict(record)
+        key, kind = told.pop("key"), told.pop("kind")
+        offer = Offer(**told)
+        _check_types(offer, federation=str, version=int, digest=bytes, taken=int)
+        arrays = content.get(key)
+        found = arrays.values() if isinstance(arrays, ArrayRecord) else ()
+        blobs = tuple(array.data for array in found if array.stype == STYPE)
+    except (KeyError, TypeError) as error:
+        raise MalformedError(
+            f"expected an offer in {EXCHANGE_KEY}, found another: {error}"
+        ) from None
+    return offer, key, Shipment(kind, blobs)
+
+
+def answer_record(answer: Answer) -> ConfigRecord:
+    """What a node says."""
+    return ConfigRecord(asdict(answer))
+
+
+def find_answer(content: RecordDict) -> Answer | None:
+    """The answer in a reply.
+
+    Raises
+    ------
+    MalformedError
+        An answer that is none.
+    """
+    record = content.get(EXCHANGE_KEY)
+    if record is None:
+        return None
+    try:
+        told: dict[str, Any] = dict(record)
+        answer = Answer(**told)
+        _check_types(answer, name=str, version=int, resync=str)
+    except TypeError as error:
+        raise MalformedError(
+            f"expected an answer in {EXCHANGE_KEY}, found another: {error}"
+        ) from None
+    if len(answer.name) > MAX_NAME:
+        raise MalformedError(f"expected a name of at most {MAX_NAME} characters")
+    return answer
+
+
+def _check_types(message: Any, **types: type) -> None:
+    for field, expected in types.items():
+        value = getattr(message, field)
+        if not isinstance(value, expected):
+            raise TypeError(f"{field} is {type(value).__name__}")
 
 
 def array_records(content: RecordDict) -> dict[str, ArrayRecord]:

@@ -7,11 +7,15 @@
 from __future__ import annotations
 
 from strategies import (
+    Checkpoint,
+    CheckpointFolder,
+    Checkpointing,
     ComPEFTAverage,
     ComPEFTStrategy,
     ComPEFTTaskArithmetic,
     ComPEFTTies,
     Compressed,
+    DownlinkOptions,
     ReplyStream,
     RoundCount,
     RoundCounts,
@@ -20,11 +24,15 @@ from strategies import (
 )
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointFolder",
+    "Checkpointing",
     "ComPEFTAverage",
     "ComPEFTStrategy",
     "ComPEFTTaskArithmetic",
     "ComPEFTTies",
     "Compressed",
+    "DownlinkOptions",
     "ReplyStream",
     "RoundCount",
     "RoundCounts",

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from strategies.average import ComPEFTAverage
+from strategies.broadcast import DownlinkOptions
+from strategies.checkpoint import Checkpoint, CheckpointFolder
 from strategies.compeft_strategy import ComPEFTStrategy
 from strategies.compressed import Compressed
 from strategies.observer import RoundCount, RoundCounts, RoundObserver
+from strategies.rounds import Checkpointing
 from strategies.streaming_grid import ReplyStream, StreamingGrid
 from strategies.task_arithmetic import ComPEFTTaskArithmetic
 from strategies.ties import ComPEFTTies
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointFolder",
+    "Checkpointing",
     "ComPEFTAverage",
     "ComPEFTStrategy",
     "ComPEFTTaskArithmetic",
     "ComPEFTTies",
     "Compressed",
+    "DownlinkOptions",
     "ReplyStream",
     "RoundCount",
     "RoundCounts",

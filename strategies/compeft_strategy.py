@@ -15,11 +15,11 @@ from compeft_fl.merging import Accumulator
 from compeft_fl.records import LOGGER
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
-from strategies.broadcast import Broadcast, Broadcaster
+from strategies.broadcast import Base, Broadcaster, DownlinkOptions
 from strategies.metrics import Metrics
 from strategies.observer import RoundCounts, RoundObserver
-from strategies.replies import Answer, Intake, update_of, weight_of
-from strategies.streaming_grid import StreamingGrid
+from strategies.replies import Intake, Reply, update_of, weight_of
+from strategies.rounds import Checkpointing, run_rounds
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions"]
 
@@ -44,16 +44,18 @@ class FedAvgOptions(TypedDict, total=False):
 class ComPEFTStrategy(FedAvg):
     """The base: a FedAvg whose messages carry Updates, merged as they arrive.
 
-    The global adapter goes down as one Update. Clients with `compeft_fl.mod.CompressionMod` answer
-    with Updates, which go into an accumulator one by one: the server's memory does not grow with
-    the number of clients. A reply that is broken, hostile, late or for another adapter is set
-    aside with a line in the log, and the round goes on; with none left, the global adapter stays
-    as it was.
+    Each node is sent what it lacks of the global adapter. Clients with
+    `compeft_fl.mod.CompressionMod` answer with Updates, which go into an accumulator one by one:
+    the server's memory does not grow with the number of clients. A reply that is broken, hostile,
+    late or for another adapter is set aside with a line in the log, and the round goes on; with
+    none left, the global adapter stays as it was.
 
     Parameters
     ----------
     observer : RoundObserver, optional
         Is told of each message. Default: a `RoundCounts`.
+    downlink : DownlinkOptions, optional
+        How the global adapter goes down. Default: compressed, in versions.
     **options
         FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
         weighted mean; functions of your own get the MetricRecords only).
@@ -65,7 +67,11 @@ class ComPEFTStrategy(FedAvg):
     """
 
     def __init__(
-        self, *, observer: RoundObserver | None = None, **options: Unpack[FedAvgOptions]
+        self,
+        *,
+        observer: RoundObserver | None = None,
+        downlink: DownlinkOptions | None = None,
+        **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
@@ -73,8 +79,8 @@ class ComPEFTStrategy(FedAvg):
             "train": options.get("train_metrics_aggr_fn") is not None,
             "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
         }
-        self._broadcaster = Broadcaster(self.observer)
-        self._base: Broadcast | None = None
+        self._broadcaster = Broadcaster(self.observer, downlink)
+        self._base: Base | None = None
 
     @abstractmethod
     def accumulator(self, layout: Layout) -> Accumulator:
@@ -93,7 +99,14 @@ class ComPEFTStrategy(FedAvg):
         LOGGER.info("\t├──> %s", self.describe())
         super().summary()
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        *args: Any,
+        checkpointing: Checkpointing | None = None,
+        **kwargs: Any,
+    ) -> Result:
         """Run the federation, as `flwr.serverapp.strategy.Strategy.start`; replies stream in.
 
         Parameters
@@ -103,22 +116,33 @@ class ComPEFTStrategy(FedAvg):
             One Array per tensor of the adapter.
         *args, **kwargs
             As Flower's: num_rounds, timeout, train_config, evaluate_config, evaluate_fn.
+        checkpointing : Checkpointing, optional
+            Keep what a killed server needs to go on, and go on from it.
 
         Returns
         -------
         flwr.serverapp.strategy.Result
             Its arrays have one Array per tensor, of the initial order and data types.
         """
-        self._broadcaster.encode(initial_arrays, 1)  # errors now, and not after waiting for nodes
-        return super().start(StreamingGrid.around(grid), initial_arrays, *args, **kwargs)
+        return run_rounds(
+            self, self, self._broadcaster, grid, initial_arrays, *args,
+            checkpointing=checkpointing, **kwargs,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the strategy itself: nothing, for these rules."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages of the next round of training, with the global adapter as an Update."""
-        self._base = self._broadcaster.encode(arrays, server_round)
+        """Messages of the next round of training, each with what its node lacks."""
+        self._base = self._broadcaster.base(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._broadcaster.replace(messages, server_round, "train", server_round)
+        self._broadcaster.address(messages, server_round, "train", self._base)
         return messages
 
     def aggregate_train(
@@ -130,16 +154,16 @@ class ComPEFTStrategy(FedAvg):
         base = self._base
         accumulator = self.accumulator(base.layout)
         metrics = self._metrics("train")
-        intake = Intake("train", server_round, self.observer)
+        intake = Intake("train", server_round, self.observer, self._broadcaster)
 
-        def read(answer: Answer) -> tuple[float, TernaryVector | TaskVector]:
-            _, _, weight = weight_of(answer.message.content, self.weighted_by_key)
-            return weight, base.read(update_of(answer.message.content)[1])
+        def read(reply: Reply) -> tuple[float, TernaryVector | TaskVector]:
+            _, _, weight = weight_of(reply.message.content, self.weighted_by_key)
+            return weight, base.read(update_of(reply.message.content)[1])
 
-        def add(answer: Answer, value: tuple[float, TernaryVector | TaskVector]) -> None:
+        def add(reply: Reply, value: tuple[float, TernaryVector | TaskVector]) -> None:
             accumulator.add(value[1], self.merging_weight(value[0]))
-            self._add_metrics(metrics, answer)
-            intake.accept(answer)
+            self._add_metrics(metrics, reply)
+            intake.accept(reply)
 
         intake.take(replies, read, add)
         intake.log()
@@ -148,10 +172,12 @@ class ComPEFTStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages of the next evaluation, with the global adapter as an Update."""
+        """Messages of the next evaluation, each with what its node lacks."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
-        # The version that the next round of training starts from: encoded once for both.
-        self._broadcaster.replace(messages, server_round, "evaluate", server_round + 1)
+        if messages:
+            # The version that the next round of training starts from: nothing is sent twice.
+            base = self._broadcaster.base(arrays)
+            self._broadcaster.address(messages, server_round, "evaluate", base)
         return messages
 
     def aggregate_evaluate(
@@ -159,21 +185,21 @@ class ComPEFTStrategy(FedAvg):
     ) -> MetricRecord | None:
         """The clients' metrics, aggregated."""
         metrics = self._metrics("evaluate")
-        intake = Intake("evaluate", server_round, self.observer)
+        intake = Intake("evaluate", server_round, self.observer, self._broadcaster)
 
-        def read(answer: Answer) -> None:
-            weight_of(answer.message.content, self.weighted_by_key)
+        def read(reply: Reply) -> None:
+            weight_of(reply.message.content, self.weighted_by_key)
 
-        def add(answer: Answer, value: None) -> None:
-            self._add_metrics(metrics, answer)
-            intake.accept(answer)
+        def add(reply: Reply, value: None) -> None:
+            self._add_metrics(metrics, reply)
+            intake.accept(reply)
 
         intake.take(replies, read, add)
         if intake.taken or self.fraction_evaluate > 0:
             intake.log()
         return metrics.result()
 
-    def _merge(self, server_round: int, base: Broadcast, accumulator: Accumulator) -> ArrayRecord:
+    def _merge(self, server_round: int, base: Base, accumulator: Accumulator) -> ArrayRecord:
         if not accumulator.count:
             if self.fraction_train > 0:
                 LOGGER.warning(
@@ -195,10 +221,10 @@ class ComPEFTStrategy(FedAvg):
         function = self.train_metrics_aggr_fn if kind == "train" else self.evaluate_metrics_aggr_fn
         return Metrics(function, self.weighted_by_key, foldable=not self._own_metrics[kind])
 
-    def _add_metrics(self, metrics: Metrics, answer: Answer) -> None:
+    def _add_metrics(self, metrics: Metrics, reply: Reply) -> None:
         """A client whose metrics are no use still has a say in the merge."""
-        key, record, _ = weight_of(answer.message.content, self.weighted_by_key)
+        key, record, _ = weight_of(reply.message.content, self.weighted_by_key)
         try:
             metrics.add(key, record)
         except CompeftError as error:
-            LOGGER.warning("the metrics of node %d are left out: %s", answer.node_id, error)
+            LOGGER.warning("the metrics of node %d are left out: %s", reply.node_id, error)

@@ -12,11 +12,12 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.records import LOGGER, array_records, metric_records
-from strategies.broadcast import Broadcast, Broadcaster, conform
+from strategies.broadcast import Base, Broadcaster, DownlinkOptions, conform
+from strategies.inner_state import restore_state, state_of
 from strategies.metrics import Signature, check_metrics, signature
 from strategies.observer import RoundCounts, RoundObserver
-from strategies.replies import Answer, Intake, update_of, weight_of
-from strategies.streaming_grid import StreamingGrid
+from strategies.replies import Intake, Reply, update_of, weight_of
+from strategies.rounds import Checkpointing, run_rounds
 
 __all__ = ["Compressed"]
 
@@ -40,6 +41,8 @@ class Compressed(Strategy):
         Its messages must carry one ArrayRecord of adapter weights.
     observer : RoundObserver, optional
         Is told of each message. Default: a `RoundCounts`.
+    downlink : DownlinkOptions, optional
+        How the global adapter goes down. Default: compressed, in versions.
 
     Raises
     ------
@@ -52,7 +55,13 @@ class Compressed(Strategy):
     >>> strategy = Compressed(FedAdam(eta=0.01))
     """
 
-    def __init__(self, inner: Strategy, *, observer: RoundObserver | None = None) -> None:
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        observer: RoundObserver | None = None,
+        downlink: DownlinkOptions | None = None,
+    ) -> None:
         from strategies.compeft_strategy import ComPEFTStrategy
 
         if not isinstance(inner, Strategy) or isinstance(inner, Compressed | ComPEFTStrategy):
@@ -61,9 +70,9 @@ class Compressed(Strategy):
             )
         self.inner = inner
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
-        self._broadcaster = Broadcaster(self.observer)
+        self._broadcaster = Broadcaster(self.observer, downlink)
         self._arrays: ArrayRecord | None = None
-        self._sent: dict[int, Broadcast] = {}
+        self._sent: dict[int, Base] = {}
         self._messages: dict[int, Message] = {}
 
     def summary(self) -> None:
@@ -71,10 +80,27 @@ class Compressed(Strategy):
         LOGGER.info("\t├──> Compressed links around %s:", type(self.inner).__name__)
         self.inner.summary()
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        *args: Any,
+        checkpointing: Checkpointing | None = None,
+        **kwargs: Any,
+    ) -> Result:
         """See `ComPEFTStrategy.start`."""
-        self._broadcaster.encode(initial_arrays, 1)  # errors now, and not after waiting for nodes
-        return super().start(StreamingGrid.around(grid), initial_arrays, *args, **kwargs)
+        return run_rounds(
+            self, self, self._broadcaster, grid, initial_arrays, *args,
+            checkpointing=checkpointing, **kwargs,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the inner strategy: its arrays (momentum, say) and numbers."""
+        return state_of(self.inner)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        restore_state(self.inner, state)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -83,7 +109,8 @@ class Compressed(Strategy):
         self._arrays = arrays
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._messages = {message.metadata.dst_node_id: message for message in messages}
-        self._sent = self._broadcaster.replace(messages, server_round, "train", server_round)
+        base = self._broadcaster.base(arrays)
+        self._sent = self._broadcaster.address(messages, server_round, "train", base)
         return messages
 
     def aggregate_train(
@@ -115,7 +142,8 @@ class Compressed(Strategy):
         """The inner strategy's messages, their arrays replaced by Updates."""
         messages = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
         self._messages = {message.metadata.dst_node_id: message for message in messages}
-        self._broadcaster.replace(messages, server_round, "evaluate", server_round + 1)
+        base = self._broadcaster.base(arrays)
+        self._broadcaster.address(messages, server_round, "evaluate", base)
         return messages
 
     def aggregate_evaluate(
@@ -128,30 +156,30 @@ class Compressed(Strategy):
 
     def _usable(self, kind: str, server_round: int, replies: Iterable[Message]) -> list[Message]:
         """Replies as the inner strategy knows them: with ordinary arrays, or with an error."""
-        intake = Intake(kind, server_round, self.observer)
-        kept: list[tuple[Answer, Signature]] = []
+        intake = Intake(kind, server_round, self.observer, self._broadcaster)
+        kept: list[tuple[Reply, Signature]] = []
 
-        def read(answer: Answer) -> tuple[RecordDict, Signature]:
-            content = answer.message.content
+        def read(reply: Reply) -> tuple[RecordDict, Signature]:
+            content = reply.message.content
             kinds = self._signature(content)
             if kind == "train":
-                content = self._expand(answer.node_id, content)
+                content = self._expand(reply.node_id, content)
             return content, kinds
 
-        def add(answer: Answer, value: tuple[RecordDict, Signature]) -> None:
-            answer.message.content = value[0]
-            kept.append((answer, value[1]))
+        def add(reply: Reply, value: tuple[RecordDict, Signature]) -> None:
+            reply.message.content = value[0]
+            kept.append((reply, value[1]))
 
         intake.take(replies, read, add)
         usable = []
         usual = [kinds for kinds, _ in Counter(kinds for _, kinds in kept).most_common(1)]
-        for answer, kinds in kept:
+        for reply, kinds in kept:
             if kinds in usual:
-                intake.accept(answer)
-                usable.append(answer.message)
+                intake.accept(reply)
+                usable.append(reply.message)
             else:
                 reason = "its records or metrics have other keys than those of most replies"
-                intake.set_aside(answer.node_id, answer.num_bytes, reason)
+                intake.set_aside(reply.node_id, reply.num_bytes, reason)
         intake.log()
         # A strategy for differential privacy, say, must know that a node has failed.
         failed = dict(intake.failed)

@@ -17,15 +17,16 @@ class RoundObserver(Protocol):
     def on_broadcast(
         self, server_round: int, kind: str, node_ids: Sequence[int], num_bytes: int
     ) -> None:
-        """The same Update is about to go to these nodes.
+        """The same Updates are about to go to these nodes.
 
         Parameters
         ----------
         server_round : int
-        kind : "train" or "evaluate"
+        kind : "train", "evaluate" or "resync"
+            The last: a node that could not follow is sent what it lacks.
         node_ids : sequence of int
         num_bytes : int
-            The Update's bytes, for each node.
+            The Updates' bytes, for each node; 0 where the nodes have the version.
         """
 
     def on_reply(
@@ -61,6 +62,8 @@ class RoundCount:
     ----------
     nodes : int
         Messages sent.
+    resyncs : int
+        Nodes that were sent what they lacked when they said so.
     replies : int
         Replies taken.
     set_aside : list of (node id, reason)
@@ -69,6 +72,7 @@ class RoundCount:
     """
 
     nodes: int = 0
+    resyncs: int = 0
     replies: int = 0
     set_aside: list[tuple[int, str]] = field(default_factory=list)
     down_bytes: int = 0
@@ -95,13 +99,17 @@ class RoundCounts:
     def __init__(self) -> None:
         self.train: dict[int, RoundCount] = {}
         self.evaluate: dict[int, RoundCount] = {}
+        self._last_kind = "train"  # what a resync belongs to
 
     def on_broadcast(
         self, server_round: int, kind: str, node_ids: Sequence[int], num_bytes: int
     ) -> None:
         """See `RoundObserver.on_broadcast`."""
         count = self._count(server_round, kind)
-        count.nodes += len(node_ids)
+        if kind == "resync":
+            count.resyncs += len(node_ids)
+        else:
+            count.nodes += len(node_ids)
         count.down_bytes += len(node_ids) * num_bytes
 
     def on_reply(
@@ -122,5 +130,8 @@ class RoundCounts:
             count.set_aside.append((node_id, reason))
 
     def _count(self, server_round: int, kind: str) -> RoundCount:
+        if kind == "resync":
+            kind = self._last_kind
+        self._last_kind = kind
         rounds = self.train if kind == "train" else self.evaluate
         return rounds.setdefault(server_round, RoundCount())

@@ -9,12 +9,13 @@ from typing import NamedTuple, TypeVar
 
 from flwr.app import Message, MetricRecord, RecordDict
 
-from compeft_fl.errors import CompeftError, MalformedError, ParameterError
-from compeft_fl.records import LOGGER, array_records, find_update, metric_records
+from compeft_fl.errors import CompeftError, MalformedError, ParameterError, ResyncError
+from compeft_fl.records import LOGGER, array_records, find_answer, find_update, metric_records
+from strategies.broadcast import Broadcaster
 from strategies.observer import RoundObserver
 from strategies.streaming_grid import ReplyStream
 
-__all__ = ["MAX_WEIGHT", "Answer", "Intake", "update_of", "weight_of"]
+__all__ = ["MAX_WEIGHT", "Intake", "Reply", "update_of", "weight_of"]
 
 MAX_WEIGHT = 1e12  # no client has more examples; plausible lies are another matter
 _MAX_REASON = 400  # characters of a reason in the log
@@ -24,7 +25,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 T = TypeVar("T")
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """A reply, the node that it is from, and the bytes of its Arrays, whatever they are worth."""
 
     node_id: int
@@ -35,11 +36,15 @@ class Answer(NamedTuple):
 class Intake:
     """Takes a round's replies one by one; says which are set aside, and why.
 
+    A node that asks for what it lacks is sent it, and its next reply is waited for.
+
     Parameters
     ----------
     kind : "train" or "evaluate"
     server_round : int
     observer : RoundObserver
+    broadcaster : Broadcaster
+        Is told what the nodes say of themselves, and which updates are taken.
 
     Attributes
     ----------
@@ -49,8 +54,11 @@ class Intake:
         Replies that were set aside.
     """
 
-    def __init__(self, kind: str, server_round: int, observer: RoundObserver) -> None:
+    def __init__(
+        self, kind: str, server_round: int, observer: RoundObserver, broadcaster: Broadcaster
+    ) -> None:
         self.kind, self.server_round, self._observer = kind, server_round, observer
+        self._broadcaster = broadcaster
         self.taken = 0
         self.failed: list[tuple[int, str]] = []
         self._missing = 0
@@ -60,8 +68,8 @@ class Intake:
     def take(
         self,
         replies: Iterable[Message],
-        read: Callable[[Answer], T],
-        add: Callable[[Answer, T], None],
+        read: Callable[[Reply], T],
+        add: Callable[[Reply, T], None],
     ) -> None:
         """Read each reply, and add what was read. Holds one reply at a time.
 
@@ -74,10 +82,10 @@ class Intake:
             Uses what was read, and accepts the reply now or later. A CompeftError sets it aside.
         """
         stream = replies if isinstance(replies, ReplyStream) else None
-        for reply in replies:
-            node_id = stream.node_id(reply) if stream else reply.metadata.src_node_id
-            self._take_one(node_id, reply, read, add)
-            del reply  # before the next one is pulled
+        for message in replies:
+            node_id = stream.node_id(message) if stream else message.metadata.src_node_id
+            self._take_one(Reply(node_id, message, 0), stream, read, add)
+            del message  # before the next one is pulled
         if stream:
             for node_id, reason in stream.unreadable:
                 self.set_aside(node_id, 0, reason)
@@ -87,13 +95,15 @@ class Intake:
                     self.server_round, self.kind, node_id, 0, None, "no reply in time"
                 )
 
-    def accept(self, answer: Answer) -> None:
+    def accept(self, reply: Reply) -> None:
         """Count a reply as taken."""
         self.taken += 1
-        self._num_bytes += answer.num_bytes
-        metrics = next(iter(metric_records(answer.message.content).values()), None)
+        self._num_bytes += reply.num_bytes
+        if self.kind == "train":
+            self._broadcaster.took(reply.node_id)
+        metrics = next(iter(metric_records(reply.message.content).values()), None)
         self._observer.on_reply(
-            self.server_round, self.kind, answer.node_id, answer.num_bytes, metrics, None
+            self.server_round, self.kind, reply.node_id, reply.num_bytes, metrics, None
         )
 
     def set_aside(self, node_id: int, num_bytes: int, reason: str) -> None:
@@ -123,41 +133,60 @@ class Intake:
 
     def _take_one(
         self,
-        node_id: int,
-        reply: Message,
-        read: Callable[[Answer], T],
-        add: Callable[[Answer, T], None],
+        reply: Reply,
+        stream: ReplyStream | None,
+        read: Callable[[Reply], T],
+        add: Callable[[Reply, T], None],
     ) -> None:
-        num_bytes = 0
         try:
-            self._check(reply)
-            num_bytes = num_array_bytes(reply.content)
-            answer = Answer(node_id, reply, num_bytes)
-            value = read(answer)
+            self._check(reply.message)
+            reply = reply._replace(num_bytes=num_array_bytes(reply.message.content))
+            if self._asks_for_more(reply, stream):
+                return
+            value = read(reply)
         except CompeftError as error:
-            self.set_aside(node_id, num_bytes, _describe(error))
+            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
             return
         except Exception as error:
             # No client may stop the round, not even by way of a mistake of this program. Nothing
             # has been merged yet; the traceback is for whoever mends it.
-            LOGGER.exception("an unexpected error while reading the reply of node %d", node_id)
-            self.set_aside(node_id, num_bytes, _describe(error))
+            LOGGER.exception("an unexpected error while reading the reply of node %d", reply[0])
+            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
             return
         try:
-            add(answer, value)
+            add(reply, value)
         except CompeftError as error:
-            self.set_aside(node_id, num_bytes, _describe(error))
+            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
 
-    def _check(self, reply: Message) -> None:
+    def _check(self, message: Message) -> None:
         """Raise for what is no answer at all."""
-        message_id = reply.metadata.reply_to_message_id
+        message_id = message.metadata.reply_to_message_id
         if message_id and message_id in self._answered:
             raise MalformedError("expected one reply to a message, found a second")
         self._answered.add(message_id)
-        if reply.has_error():
-            raise CompeftError(f"error reply, code {reply.error.code}: {reply.error.reason}")
-        if not reply.has_content():
+        if message.has_error():
+            raise CompeftError(f"error reply, code {message.error.code}: {message.error.reason}")
+        if not message.has_content():
             raise MalformedError("expected a reply with content, found none")
+
+    def _asks_for_more(self, reply: Reply, stream: ReplyStream | None) -> bool:
+        """Note what the node says of itself; where it cannot follow, send it what it lacks."""
+        answer = find_answer(reply.message.content)
+        if answer is None:
+            return False
+        self._broadcaster.heard(reply.node_id, answer)
+        if not answer.resync:
+            return False
+        more = self._broadcaster.resync(reply.node_id, answer, self.server_round)
+        if more is None or stream is None or not stream.push(more):
+            raise ResyncError(f"the node cannot follow: {answer.resync}")
+        LOGGER.info(
+            "round %d: node %d is sent what it lacks: %s",
+            self.server_round,
+            reply.node_id,
+            _one_line(answer.resync),
+        )
+        return True
 
 
 def num_array_bytes(content: RecordDict) -> int:

@@ -141,6 +141,14 @@ class ReplyStream(Iterator[Message]):
         """The nodes that have not answered (yet)."""
         return sorted(self._pending.values())
 
+    def push(self, message: Message) -> bool:
+        """Send one more message, whose reply is waited for like the others'; whether it went."""
+        node = message.metadata.dst_node_id
+        message_ids = [each for each in self._grid.push_messages([message]) if each]
+        for message_id in message_ids:
+            self._nodes[message_id] = self._pending[message_id] = node
+        return bool(message_ids)
+
     def node_id(self, reply: Message) -> int:
         """The node that a reply is from, by the message that it answers.
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import arrays_size_mod
 from local_grid import identify, over_the_wire, set_metadata
@@ -15,9 +17,11 @@ from local_grid import identify, over_the_wire, set_metadata
 from compeft_fl import codecs
 from compeft_fl.compeft import compress
 from compeft_fl.errors import ParameterError
-from compeft_fl.mod import RESIDUAL_KEY, CompressionMod
+from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.mod import CompressionMod
+from compeft_fl.node_memory import NodeMemory
 from compeft_fl.records import update_record
-from compeft_fl.task_vector import TaskVector
+from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.wire.messages import STYPE, decode, encode, inspect, layout_id
 
 NODE = 1001
@@ -82,6 +86,11 @@ def test_the_reply_is_one_small_update_relative_to_the_broadcast():
     assert dict(reply.content["metrics"]) == {"num-examples": 10, "loss": 0.1}
 
 
+def remembered(ctx: Context | None = None) -> NodeState:
+    with NodeMemory.of(ctx or context(), "run-1") as memory:
+        return memory.state
+
+
 def test_what_was_sent_and_the_residual_add_up():
     app, ctx, state = tiny.client_app(CompressionMod(density=0.1)), context(), tiny.adapter()
     wanted, sent = np.zeros(tiny.layout().num_parameters), 0
@@ -90,11 +99,11 @@ def test_what_was_sent_and_the_residual_add_up():
         update = update_in(app(broadcast(state, version), ctx), state).to_task_vector()
         sent = sent + update.values.astype(np.float64)
         state = update.apply(state)
-    (residual,) = ctx.state[RESIDUAL_KEY].values()
-    assert list(ctx.state) == [RESIDUAL_KEY]
-    assert residual.numpy().dtype == np.float32
-    assert np.abs(residual.numpy()).max() > 0.01
-    np.testing.assert_allclose(sent + residual.numpy(), wanted, atol=1e-6)
+    residual = remembered().residual
+    assert not ctx.state
+    assert residual.dtype == np.float32
+    assert np.abs(residual).max() > 0.01
+    np.testing.assert_allclose(sent + residual, wanted, atol=1e-6)
 
 
 def test_without_error_feedback_nothing_is_kept():
@@ -106,7 +115,7 @@ def test_without_error_feedback_nothing_is_kept():
         np.testing.assert_array_equal(
             update.to_task_vector().values, wanted.to_task_vector().values
         )
-    assert not ctx.state
+    assert remembered() == NodeState()
 
 
 @pytest.mark.parametrize("codec", codecs.names())
@@ -118,39 +127,35 @@ def test_every_codec(codec):
     if codec.startswith("dense"):
         rounding = {"dense": 0, "dense-fp16": 2**-11, "dense-bf16": 2**-8}[codec]
         np.testing.assert_allclose(update, tau.values, rtol=rounding, atol=1e-7 * bool(rounding))
-        assert not ctx.state
+        assert remembered() == NodeState()
     else:
         wanted = compress(tau, 0.2, "mean").to_task_vector().values
         np.testing.assert_array_equal(update, wanted)
 
 
-def residual_record(values: np.ndarray, state: dict) -> ArrayRecord:
-    return ArrayRecord({layout_id(tiny.layout(state)).hex(): Array(values)})
-
-
-SIZE = tiny.layout().num_parameters
-BAD_RESIDUALS = {
-    "another size": residual_record(np.ones(SIZE - 1, np.float32), tiny.adapter()),
-    "another dtype": residual_record(np.ones(SIZE), tiny.adapter()),
-    "another layout": residual_record(np.ones(2, np.float32), {"w": np.zeros(2, np.float32)}),
-    "NaN": residual_record(np.full(SIZE, np.nan, np.float32), tiny.adapter()),
-    "another record": ConfigRecord({"x": 1}),
-    "broken": ArrayRecord(
-        {layout_id(tiny.layout()).hex(): Array("float32", (SIZE,), "numpy.ndarray", b"?")}
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_RESIDUALS)
-def test_a_residual_that_does_not_fit_is_dropped_and_said(name, caplog):
-    state, ctx = tiny.adapter(), context()
-    ctx.state[RESIDUAL_KEY] = BAD_RESIDUALS[name]
-    update = update_in(tiny.client_app(CompressionMod())(broadcast(state), ctx), state)
+def test_a_residual_for_another_adapter_is_dropped_and_said(caplog):
+    state = tiny.adapter()
+    other = NodeState(Layout([TensorSpec("w", (2,))]), residual=np.ones(2, np.float32))
+    with NodeMemory.of(context(), "run-1") as memory:
+        assert memory.save(other)
+    update = update_in(tiny.client_app(CompressionMod())(broadcast(state), context()), state)
     wanted = compress(tau_of(state), 0.1, "mean")
     np.testing.assert_array_equal(update.positive, wanted.positive)
-    assert "residual in Context.state is dropped" in caplog.text
-    (residual,) = ctx.state[RESIDUAL_KEY].values()
-    assert residual.shape == (SIZE,)
+    assert "residual is for another layout" in caplog.text
+    assert remembered().residual.shape == (tiny.layout().num_parameters,)
+
+
+def test_a_damaged_state_is_lost_and_said(caplog):
+    app, state = tiny.client_app(CompressionMod()), tiny.adapter()
+    app(broadcast(state), context())
+    (file,) = Path(os.environ["COMPEFT_FL_STATE_DIR"]).glob("*/*/state.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    update = update_in(app(broadcast(state), context()), state)
+    wanted = compress(tau_of(state), 0.1, "mean")
+    np.testing.assert_array_equal(update.positive, wanted.positive)
+    assert "state is lost" in caplog.text
 
 
 def test_nan_weights_become_an_error_reply_that_names_the_tensor(caplog):
@@ -167,7 +172,7 @@ def test_nan_weights_become_an_error_reply_that_names_the_tensor(caplog):
         assert "NonFiniteError" in reply.error.reason
         assert "nan in tensor 'q.lora_B'" in reply.error.reason
         assert reply.error.reason in caplog.text
-        assert not ctx.state
+        assert remembered() == NodeState()
     arrived, _ = over_the_wire(reply)
     assert arrived.error.reason == reply.error.reason
     assert arrived.metadata.src_node_id == NODE

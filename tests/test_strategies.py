@@ -15,15 +15,18 @@ import compeft_fl as cf
 from compeft_fl import strategies as public
 from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
 from compeft_fl.mod import CompressionMod
+from compeft_fl.records import EXCHANGE_KEY
 from compeft_fl.strategies import (
     ComPEFTAverage,
     ComPEFTStrategy,
     ComPEFTTaskArithmetic,
     ComPEFTTies,
+    DownlinkOptions,
 )
 from compeft_fl.wire.messages import STYPE
 
 NODES = node_ids(4)
+DENSE = DownlinkOptions(codec="dense")  # what the clients start from is what the server holds
 EVERY = {
     "average": (ComPEFTAverage, lambda: cf.Average()),
     "task arithmetic": (ComPEFTTaskArithmetic, lambda: cf.TaskArithmetic(scaling=None)),
@@ -81,7 +84,7 @@ def test_rounds_follow_each_other_and_evaluation_sees_the_merge(name):
         evaluated[server_round] = tiny.flat(tiny.state_of(record)).sum()
         return MetricRecord({"sum": float(evaluated[server_round])})
 
-    strategy = EVERY[name][0]()
+    strategy = EVERY[name][0](downlink=DENSE)
     result = start(strategy, grid_of(CompressionMod()), 3, evaluate_fn=evaluate)
     assert list(evaluated) == [0, 1, 2, 3]
     assert len(set(evaluated.values())) == 4
@@ -94,7 +97,7 @@ def test_rounds_follow_each_other_and_evaluation_sees_the_merge(name):
 def test_lossless_average_is_fedavg():
     stock = start(FedAvg(), grid_of(), 3)
     for mod in (CompressionMod(codec="dense"), CompressionMod(codec="dense", density=1.0)):
-        mine = start(ComPEFTAverage(), grid_of(mod), 3)
+        mine = start(ComPEFTAverage(downlink=DENSE), grid_of(mod), 3)
         assert_same(mine.arrays, tiny.state_of(stock.arrays), rtol=1e-5)
         for metrics in ("train_metrics_clientapp", "evaluate_metrics_clientapp"):
             for server_round, record in getattr(stock, metrics).items():
@@ -195,7 +198,7 @@ def test_an_unexpected_error_stops_no_round(caplog, monkeypatch):
             raise RecursionError("a mistake")
         return cf.decode(blob, layout=self.layout)
 
-    monkeypatch.setattr("strategies.broadcast.Broadcast.read", read)
+    monkeypatch.setattr("strategies.broadcast.Base.read", read)
     start(strategy, grid_of(CompressionMod()))
     assert strategy.observer.train[1].replies == 3
     assert "RecursionError: a mistake" in caplog.text
@@ -271,25 +274,20 @@ def test_the_broadcast_is_encoded_once_and_shared():
     assert sorted(m.metadata.dst_node_id for m in messages) == NODES
     assert len({id(message.content) for message in messages}) == 1
     content = messages[0].content
-    assert list(content) == ["arrays", "config"]
+    assert sorted(content) == ["arrays", EXCHANGE_KEY, "config"]
     assert dict(content["config"]) == {"lr": 0.5, "server-round": 1}
     (array,) = content["arrays"].values()
     assert (array.stype, array.dtype, array.shape) == (STYPE, "float32", (200,))
     adapter = cf.decode(array.data)
     np.testing.assert_array_equal(adapter.values, tiny.flat(tiny.adapter()).astype(np.float32))
-    # Evaluation after round 1 and training in round 2 carry the same adapter: the very same record.
-    evaluate = list(strategy.configure_evaluate(1, record, config, grid))
-    again = list(strategy.configure_train(2, record, config, grid))
-    assert evaluate[0].content["arrays"] is again[0].content["arrays"]
 
 
-def test_an_adapter_in_half_precision_goes_down_in_half():
+def test_an_adapter_in_half_precision_arrives_as_it_is():
     state = tiny.adapter(np.float16)
     (message, *_) = ComPEFTAverage().configure_train(
         1, tiny.arrays(state), ConfigRecord(), grid_of()
     )
     (array,) = message.content["arrays"].values()
-    assert len(array.data) < 2 * 200 + 150
     np.testing.assert_array_equal(cf.decode(array.data).values, tiny.flat(state))
 
 
@@ -299,7 +297,7 @@ def test_an_observer_is_told_of_every_message():
             self.calls = []
 
         def on_broadcast(self, server_round, kind, node_ids, num_bytes):
-            assert num_bytes > 800
+            assert (num_bytes > 800) == (kind == "train")  # a snapshot, then one delta
             self.calls.append(("down", server_round, kind, sorted(node_ids)))
 
         def on_reply(self, server_round, kind, node_id, num_bytes, metrics, reason):

@@ -1,0 +1,231 @@
+"""What a node keeps between rounds, in one file that is either the old one or the new one.
+
+``NodeState`` is the replica of the global adapter (theta_shared) and two residuals: the one before
+the last training, and the one after it. Which of them holds is known when the server says which
+update it took last: a reply that was lost, late or set aside is so undone exactly, and a message
+that is delivered twice gets the same answer twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compeft_fl.atomic import replacing
+from compeft_fl.errors import StateError
+from compeft_fl.exchange.downlink import Replica
+from compeft_fl.task_vector import Layout, TensorSpec
+
+__all__ = ["NOTHING", "NodeState", "StateFile", "state_folder"]
+
+NOTHING = -1  # the version of what has never been
+_FORMAT = "compeft-fl node state 1"
+_FILE = "state.safetensors"
+
+Residual = NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """A node's memory of one federation.
+
+    Attributes
+    ----------
+    layout : Layout or None
+        What all of it is for; None: there is nothing yet.
+    replica : Replica or None
+        theta_shared at its version; None: nothing has been received yet.
+    residual : ndarray of float32, shape (d,), or None
+        What is left to send once the update of ``taken`` was taken; None: nothing.
+    taken : int
+        The version that the last update that the server took was relative to, as far as is known.
+    next_residual : ndarray of float32, shape (d,), or None
+        What is left to send if the update of ``trained`` is taken.
+    trained : int
+        The version that the last update was relative to; `NOTHING` if its fate is known.
+    """
+
+    layout: Layout | None = None
+    replica: Replica | None = None
+    residual: Residual = None
+    taken: int = NOTHING
+    next_residual: Residual = None
+    trained: int = NOTHING
+
+    def settled(self, taken: int) -> NodeState:
+        """The state once the server has said which update it took last; `NOTHING`: none.
+
+        Raises
+        ------
+        StateError
+            It took an update that this state does not know: what is left to send is lost.
+        """
+        if taken == self.trained != NOTHING:
+            return replace(
+                self, residual=self.next_residual, taken=taken, next_residual=None, trained=NOTHING
+            )
+        if taken == self.taken:
+            return replace(self, next_residual=None, trained=NOTHING)
+        raise StateError(
+            f"the server took an update to version {taken} last, this state knows of "
+            f"{self.taken} and {self.trained}"
+        )
+
+    def following(self, replica: Replica) -> NodeState:
+        """The state with a new replica; for another layout, nothing else of it holds."""
+        if replica is self.replica:
+            return self
+        if self.layout not in {None, replica.layout}:
+            return NodeState(replica.layout, replica)
+        return replace(self, layout=replica.layout, replica=replica)
+
+    def after_training(self, version: int, next_residual: Residual) -> NodeState:
+        """The state with an update relative to ``version`` on its way."""
+        return replace(self, next_residual=next_residual, trained=version)
+
+    def without_residual(self, taken: int) -> NodeState:
+        """The state that has nothing left to send."""
+        return NodeState(self.layout, self.replica, taken=taken)
+
+
+class StateFile:
+    """A node's state on disk: safetensors, checked as it is read, replaced as a whole.
+
+    Parameters
+    ----------
+    folder : Path
+        The node's own, see `state_folder`; it is made where it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / _FILE
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes that speak for the same node out, until the end of the block.
+
+        Raises
+        ------
+        StateError
+            The folder cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateError(
+                f"expected a folder to keep state in, {self.folder}: {error}"
+            ) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def load(self) -> NodeState | None:
+        """The state; None where there is none.
+
+        Raises
+        ------
+        StateError
+            The file is damaged, or of another format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                told = dict(file.metadata() or {})
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise StateError(f"{self.path} is damaged: {error}") from None
+        if told.get("format") != _FORMAT:
+            raise StateError(f"expected {_FORMAT!r} in {self.path}, found {told.get('format')!r}")
+        if told.get("checksum") != _checksum(told, arrays):
+            raise StateError(f"{self.path} is damaged: its checksum differs")
+        tensors = json.loads(told["layout"])
+        if not tensors:
+            return NodeState()
+        layout = Layout(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in tensors)
+        shared = arrays.get("shared")
+        return NodeState(
+            layout,
+            None if shared is None else Replica(layout, shared, int(told["version"])),
+            arrays.get("residual"),
+            int(told["taken"]),
+            arrays.get("next_residual"),
+            int(told["trained"]),
+        )
+
+    def save(self, state: NodeState) -> None:
+        """Replace the file: after a crash at any moment there is the old state or the new one.
+
+        Raises
+        ------
+        StateError
+            It cannot be written (a full disk, say); the old file is as it was.
+        """
+        from safetensors.numpy import save
+
+        arrays = {
+            "shared": None if state.replica is None else state.replica.values,
+            "residual": state.residual,
+            "next_residual": state.next_residual,
+        }
+        tensors = state.layout.tensors if state.layout else ()
+        held = {name: array for name, array in arrays.items() if array is not None}
+        told = {
+            "format": _FORMAT,
+            "layout": json.dumps([(t.name, t.shape, t.dtype) for t in tensors]),
+            "version": str(NOTHING if state.replica is None else state.replica.version),
+            "taken": str(state.taken),
+            "trained": str(state.trained),
+        }
+        told["checksum"] = _checksum(told, held)
+        try:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(save(held, metadata=told))
+        except OSError as error:
+            raise StateError(
+                f"the node's state cannot be written to {self.path}: {error}"
+            ) from None
+
+    def forget(self) -> None:
+        """Remove the file: it is of no use."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+def state_folder(root: Path, run: str, node: str) -> Path:
+    """The folder of one node in one run: names become safe for a file system, and stay apart."""
+    return root / _safe(run) / _safe(node)
+
+
+def _safe(name: str) -> str:
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)[:64]
+    if plain and plain == name:
+        return plain
+    return f"{plain}-{hashlib.blake2b(name.encode(errors='replace'), digest_size=6).hexdigest()}"
+
+
+def _checksum(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> str:
+    """BLAKE2b-128 of all that the file says."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(set(told) - {"checksum"}):
+        digest.update(f"{key}={told[key]}\n".encode(errors="replace"))
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}:{array.dtype}:{array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Fixtures of the app's tests: a tiny model and data on disk, and the embedded MiniLM.
+
+Everything is offline, and what is made once a session is left as it was by every test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = {
+    "animals": ["cat", "dog", "horse", "cow", "sheep", "bird", "fish"],
+    "colours": ["red", "green", "blue", "yellow", "black", "white", "brown"],
+    "numbers": ["one", "two", "three", "four", "five", "six", "seven"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _state_dir(tmp_path_factory, monkeypatch) -> None:
+    """What nodes remember lies in a folder of each test."""
+    monkeypatch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small matrices gain nothing from more, and other tests run beside these."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory) -> Iterator[None]:
+    """Nodes keep what they know in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_rows() -> list[dict[str, str]]:
+    """Texts of three classes that words tell apart: 240 to train on, 60 and 60 else."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(360):
+        label = sorted(WORDS)[index % 3]
+        words = [*rng.choice(WORDS[label], 3), *rng.choice(["the", "a", "of"], 2)]
+        split = "train" if index < 240 else "val" if index < 300 else "test"
+        text = " ".join(rng.permutation(words))
+        rows.append(
+            {"text": text, "label": label, "split": split, "source": f"s{rng.integers(40)}"}
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_rows, tmp_path_factory) -> Path:
+    """The rows as a JSONL file."""
+    path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random two-layer BERT with the embedded model's tokenizer, as a folder."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from compeft_fl.app.model import embedded_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data, tiny_model):
+    """The configuration of a run that takes a second."""
+    from compeft_fl.app.config import AppConfig
+
+    return AppConfig(
+        model=str(tiny_model),
+        data=str(tiny_data),
+        rounds=2,
+        local_steps=3,
+        batch_size=8,
+        alpha=1.0,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The embedded MiniLM with its default adapter, over 48 rows of the embedded data a split."""
+    from compeft_fl.app import data, model
+    from compeft_fl.app.config import AppConfig
+
+    config = AppConfig(limit_rows=48, device="cpu", head="linear")
+    rows = data.load(config)
+    return config, rows, model.build(config, rows)
