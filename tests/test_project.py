@@ -1,0 +1,243 @@
+"""The project itself: what lies where, what is exported, and what the README says."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+import compeft_fl
+import compeft_fl.strategies
+import strategies
+from compeft_fl.cli import _parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+README = (ROOT / "README.md").read_text()
+GENERATED = "compeft_fl.wire.v1.update_pb2"
+MAX_LINES = 450
+
+
+def modules():
+    """The name of each module that is written by hand."""
+    names = []
+    for package in (compeft_fl, strategies):
+        found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+        names += [package.__name__, *(info.name for info in found)]
+    return [name for name in names if name != GENERATED]
+
+
+def sources(*folders):
+    """Each Python file written by hand below some folders."""
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    return [file for file in files if not file.name.endswith("_pb2.py")]
+
+
+# --- layout -----------------------------------------------------------------------------------
+
+
+def tracked(*options):
+    """What git lists of this clone; None where it is none."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "ls-files", *options]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {Path(line) for line in listed.splitlines()}
+
+
+def test_the_top_level_is_the_designs():
+    files = tracked("--cached", "--others", "--exclude-standard")
+    if files is None:
+        pytest.skip("not a clone")
+    assert {file.parts[0] for file in files} == {
+        ".ci",
+        ".gitignore",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "compeft_fl",
+        "constraints.txt",
+        "proto",
+        "pyproject.toml",
+        "simulations",
+        "strategies",
+        "tests",
+    }
+
+
+def test_files_are_short():
+    folders = ("compeft_fl", "strategies", "simulations", "tests")
+    lines = {file: len(file.read_text().splitlines()) for file in sources(*folders)}
+    assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_each_module_has_a_docstring():
+    assert [name for name in modules() if not importlib.import_module(name).__doc__] == []
+
+
+def test_all_names_what_is_there():
+    for name in modules():
+        module = importlib.import_module(name)
+        exported = getattr(module, "__all__", [])
+        assert list(exported) == sorted(set(exported), key=_isort_key), name
+        assert [entry for entry in exported if not hasattr(module, entry)] == [], name
+
+
+def _isort_key(name):
+    """Constants, then classes, then the rest: ruff's order."""
+    return (0 if name.isupper() else 1 if name[:1].isupper() else 2, name)
+
+
+@pytest.mark.parametrize("package", [compeft_fl, strategies, compeft_fl.strategies])
+def test_all_is_what_is_exported(package):
+    public = {
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and name not in {"annotations"}
+    }
+    modules_named = {n for n in package.__all__ if isinstance(vars(package)[n], types.ModuleType)}
+    assert set(package.__all__) - modules_named == public
+
+
+def test_the_library_asks_only_flowers_public_modules():
+    public = {"flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
+    for file in sources("compeft_fl", "strategies"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            private = [n for n in names if n.split(".")[0] == "flwr" and n not in public]
+            assert not private, f"{file}, line {node.lineno}: {private[0]}"
+
+
+def test_importing_the_library_is_light():
+    program = """
+import sys
+import flwr.app, flwr.clientapp, flwr.serverapp, flwr.serverapp.strategy
+before = set(sys.modules)
+import compeft_fl, compeft_fl.mod, compeft_fl.strategies
+import compeft_fl.adapters, compeft_fl.app.client_app
+heavy = {"torch", "transformers", "peft", "matplotlib", "rich", "datasets", "pandas", "ray"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# --- examples ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name):
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(verbose=False)
+    known = {"np": np, "cf": compeft_fl}
+    for test in finder.find(importlib.import_module(name), extraglobs=known):
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def blocks(language):
+    """The README's code blocks of one language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert found
+    return found
+
+
+def test_the_readmes_python_runs():
+    for block in blocks("python"):
+        if ">>>" in block:
+            test = doctest.DocTestParser().get_doctest(block, {}, "README", "README.md", 0)
+            assert test.examples
+            assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
+        else:
+            exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readmes_commands_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    parser = _parser()
+    for line in "".join(blocks("sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert words[1] in targets
+        else:
+            assert words[0] == "compeft-fl"
+            assert callable(parser.parse_args(words[1:]).handler)
+    for target in re.findall(r"`make ([a-z-]+)`", README):
+        assert target in targets
+
+
+def test_the_readmes_tree_is_the_projects():
+    tree = next(block for block in blocks("text") if "compeft_fl/\n" in block)
+    stack: list[str] = []
+    listed = set()
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        stack[depth:] = [line.split()[0]]
+        path = Path("".join(stack))
+        assert (ROOT / path).exists(), path
+        listed.add(path)
+    written = {file.relative_to(ROOT) for file in sources("compeft_fl", "strategies")}
+    shown = {path for path in written & (tracked() or written) if path.name != "__init__.py"}
+    assert shown - listed == set()
+
+
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"<!--.*", README) == []
+
+
+# --- packaging --------------------------------------------------------------------------------
+
+
+def test_the_version_is_said_once():
+    assert compeft_fl.__version__ == PROJECT["project"]["version"]
+
+
+def test_each_requirement_has_a_pin_that_fits():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *(text for extra in extras.values() for text in extra)]:
+        requirement = Requirement(text)
+        if requirement.name != "compeft-fl":
+            assert requirement.specifier.contains(pins[requirement.name]), text
+
+
+def test_the_flower_bundle_has_what_the_app_needs(tmp_path):
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "flwr", "build", "--app", ROOT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bundle,) = tmp_path.glob("*.fab")
+    assert bundle.stat().st_size < 5_000_000
+    names = zipfile.ZipFile(bundle).namelist()
+    needed = [file.relative_to(ROOT).as_posix() for file in sources("compeft_fl", "strategies")]
+    needed += [f.relative_to(ROOT).as_posix() for f in (ROOT / "compeft_fl").rglob("*.jsonl")]
+    assert set(needed) <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "runs/", ".venv/", "build/"))]
