@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WORDS = {
@@ -27,22 +27,6 @@ WORDS = {
 def _state_dir(tmp_path_factory, monkeypatch) -> None:
     """What nodes remember lies in a folder of each test."""
     monkeypatch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Small matrices gain nothing from more, and other tests run beside these."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_state(tmp_path_factory) -> Iterator[None]:
-    """Nodes keep what they know in a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
-        yield
 
 
 @pytest.fixture(scope="session")

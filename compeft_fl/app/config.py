@@ -1,0 +1,416 @@
+"""The keys of the ready-made app: types, defaults, choices and what they mean, in one place.
+
+Flower hands an app its configuration as a flat mapping (``context.run_config``): the values of
+``[tool.flwr.app.config]`` in ``pyproject.toml``, overridden by ``--run-config``. `AppConfig` takes
+that mapping, checks every key and value, and is what the rest of the app reads. The defaults here
+are the canonical ones; ``pyproject.toml`` repeats them, because Flower lets nobody override a key
+that is not written there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Self, TypeAlias, cast
+
+from compeft_fl import codecs
+from compeft_fl.errors import ConfigError
+
+__all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
+
+Scalar: TypeAlias = bool | int | float | str
+"""What Flower takes as the value of a key."""
+
+COMPRESSED_PREFIX: Final = "compressed:"
+STRATEGIES: Final = ("average", "task-arithmetic", "ties", "fedavg")
+SCALE_RULES: Final = ("mean", "norm")
+
+_PEFT_PREFIX: Final = "peft."
+_PEFT_DEFAULTS: Final[Mapping[str, Scalar]] = MappingProxyType(
+    {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "", "feedforward_modules": ""}
+)
+_PEFT_HELP: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "r": "rank of LoRA and its relatives",
+        "lora_alpha": "LoRA's scaling, as alpha / r",
+        "lora_dropout": "dropout in front of LoRA",
+        "target_modules": "modules that get an adapter, by comma; empty: PEFT's own choice",
+        "feedforward_modules": "IA3's feed-forward modules, by comma; empty: PEFT's own choice",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as a person sees it.
+
+    Parameters
+    ----------
+    name : str
+        The key as it is written in a file or on the command line.
+    kind : str
+        ``"text"``, ``"integer"``, ``"number"``, ``"true or false"`` or ``"rule or number"``.
+    default : Scalar
+        What holds where nothing else is said.
+    help : str
+        One line.
+    choices : tuple of str
+        The values that are taken; empty where any value of the kind is.
+    """
+
+    name: str
+    kind: str
+    default: Scalar
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+def _key(
+    default: Scalar,
+    help: str,
+    *,
+    kind: str | None = None,
+    choices: Iterable[str] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """Return a dataclass field that carries how its value is checked.
+
+    `low` and `high` are the ends of the range, both included; `above` is a lower end left out.
+    """
+    if kind is None:
+        kind = {bool: "true or false", int: "integer", float: "number", str: "text"}[type(default)]
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "kind": kind,
+            "choices": tuple(choices),
+            "low": low,
+            "high": high,
+            "above": above,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig:
+    """Everything that a run of the ready-made app can be told, checked.
+
+    Each field is a key with ``-`` for ``_``: ``batch_size`` is ``batch-size`` in files. `peft`
+    holds the keys that begin with ``peft.``.
+
+    Raises
+    ------
+    ConfigError
+        Where a value is of the wrong type, out of range, or none of the choices.
+
+    Examples
+    --------
+    >>> config = AppConfig.from_run_config({"rounds": 3, "strategy": "ties", "peft.r": 4})
+    >>> config.rounds, config.strategy, config.peft["r"]
+    (3, 'ties', 4)
+    >>> AppConfig.from_run_config({"round": 3})
+    Traceback (most recent call last):
+    ...
+    compeft_fl.errors.ConfigError: unknown key "round": did you mean "rounds"?
+    """
+
+    scenario: str = _key("default", "name of the run, and of its folder")
+    out: str = _key("runs", "folder under which a run makes its own")
+    run_dir: str = _key("", "the run's own folder; empty: OUT/SCENARIO-TIME")
+    seed: int = _key(42, "seed of the adapter's start, the partition and the batches", low=0)
+
+    model: str = _key("minilm", "base model: minilm (embedded), a Hugging Face id or a folder")
+    head: str = _key(
+        "prototype",
+        "classifier on top: frozen class means of the base model, or a trained linear layer",
+        choices=("prototype", "linear"),
+    )
+    max_length: int = _key(64, "tokens after which a text is cut off", low=2)
+
+    data: str = _key(
+        "debian-section",
+        "debian-section (embedded), a .jsonl, .csv or .parquet file, or a Hugging Face dataset",
+    )
+    data_config: str = _key("", "configuration of a Hugging Face dataset, where it has several")
+    text_column: str = _key("text", "column of the text")
+    label_column: str = _key("label", "column of the class")
+    split_column: str = _key("split", "column of a file that names each row's split")
+    train_split: str = _key("train", "name of the split to train on")
+    validation_split: str = _key("val", "name of the split for calibration")
+    test_split: str = _key("test", "name of the split that the server scores")
+    limit_rows: int = _key(0, "use at most so many rows of each split; 0: all", low=0)
+
+    partition: str = _key(
+        "dirichlet", "how rows go to nodes", choices=("iid", "dirichlet", "column")
+    )
+    alpha: float = _key(0.3, "Dirichlet concentration: the smaller, the more uneven", above=0)
+    partition_column: str = _key("source", "column whose values stay together (partition=column)")
+    min_rows: int = _key(8, "rows that every node gets at least", low=1)
+
+    peft_method: str = _key("lora", "PEFT method: lora, ia3, or another of peft's names")
+    peft: Mapping[str, Scalar] = dataclasses.field(default_factory=lambda: _PEFT_DEFAULTS)
+    peft_options: str = _key("", "any further options of the PEFT method, as a JSON object")
+
+    learning_rate: float = _key(5e-3, "AdamW's learning rate", above=0)
+    weight_decay: float = _key(0.0, "AdamW's weight decay", low=0)
+    batch_size: int = _key(16, "rows per step", low=1)
+    local_steps: int = _key(20, "steps per node and round; 0: local-epochs decides", low=0)
+    local_epochs: int = _key(1, "passes over the node's rows per round (local-steps=0)", low=1)
+    device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = _key(
+        "auto",
+        "arithmetic of the base model; auto: bfloat16 on CUDA, float32 elsewhere",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+    strategy: str = _key(
+        "average",
+        "how updates are merged; fedavg is Flower's own over dense links, "
+        "compressed:NAME any strategy of flwr.serverapp.strategy over compressed uplinks",
+    )
+    strategy_options: str = _key("", "options of a compressed:NAME strategy, as a JSON object")
+    scaling: float = _key(0.4, "factor lambda of ties and task-arithmetic", above=0)
+    tie: str = _key(
+        "zero", "ties: what a tied sign becomes", choices=("zero", "positive", "majority")
+    )
+    density: float = _key(0.1, "part of the parameters that an update keeps", above=0, high=1)
+    scale: str | float = _key(
+        "mean",
+        "size of what is kept: mean, norm, or a number alpha, in units of sigma",
+        kind="rule or number",
+    )
+    error_feedback: bool = _key(True, "keep on the node what was not sent, and send it later")
+    codec: str = _key("golomb", "codec of the uplink", choices=codecs.names())
+
+    downlink: str = _key(
+        "compressed",
+        "what goes down: the change of the global adapter, compressed, or all of it",
+        choices=("compressed", "dense"),
+    )
+    downlink_density: float = _key(
+        0.2, "part of the parameters that a change on the way down keeps", above=0, high=1
+    )
+    downlink_scale: str | float = _key(
+        "mean", "size of what is kept on the way down, as scale", kind="rule or number"
+    )
+
+    rounds: int = _key(10, "rounds", low=0)
+    min_nodes: int = _key(2, "nodes to wait for before a round", low=1)
+    fraction_train: float = _key(1.0, "part of the nodes that train in a round", low=0, high=1)
+    fraction_evaluate: float = _key(
+        0.0, "part of the nodes that score the global adapter on their own rows", low=0, high=1
+    )
+    timeout: float = _key(3600.0, "seconds that a round waits for late replies", above=0)
+    resume: bool = _key(False, "go on from the newest checkpoint in run-dir, where there is one")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "peft":
+                value = _checked(_name(field), getattr(self, field.name), field.metadata)
+                object.__setattr__(self, field.name, value)
+        for option, value in self.peft.items():
+            if not isinstance(value, Scalar):
+                raise ConfigError(
+                    f"{_PEFT_PREFIX}{option}: expected text, a number, true or false, "
+                    f"found {value!r}"
+                )
+        object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
+        _check_strategy(self.strategy)
+        _json_object("peft-options", self.peft_options)
+        _json_object("strategy-options", self.strategy_options)
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Self:
+        """Return the configuration of a flat mapping such as Flower's ``context.run_config``.
+
+        Keys that are missing have their defaults.
+
+        Raises
+        ------
+        ConfigError
+            Where a key is unknown (with the nearest known one) or a value does not fit.
+        """
+        fields = {_name(field): field.name for field in dataclasses.fields(cls)}
+        del fields["peft"]
+        values: dict[str, Any] = {}
+        peft: dict[str, Scalar] = {}
+        for key, value in run_config.items():
+            if key.startswith(_PEFT_PREFIX) and len(key) > len(_PEFT_PREFIX):
+                peft[key.removeprefix(_PEFT_PREFIX)] = value
+            elif key in fields:
+                values[fields[key]] = value
+            else:
+                known = [*fields, *(_PEFT_PREFIX + option for option in _PEFT_DEFAULTS)]
+                raise ConfigError(f'unknown key "{key}"{suggestion(key, known)}')
+        return cls(**values, peft=peft)
+
+    def to_run_config(self) -> dict[str, Scalar]:
+        """Return the flat mapping of all keys; `from_run_config` takes it back."""
+        flat: dict[str, Scalar] = {}
+        for field in dataclasses.fields(self):
+            if field.name == "peft":
+                flat.update((_PEFT_PREFIX + option, value) for option, value in self.peft.items())
+            else:
+                flat[_name(field)] = getattr(self, field.name)
+        return flat
+
+    def further_peft_options(self) -> dict[str, Any]:
+        """Return `peft_options` as a dict."""
+        return _json_object("peft-options", self.peft_options)
+
+    def further_strategy_options(self) -> dict[str, Any]:
+        """Return `strategy_options` as a dict."""
+        return _json_object("strategy-options", self.strategy_options)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether nodes send ComPEFT updates (all strategies but Flower's own FedAvg)."""
+        return self.strategy != "fedavg"
+
+
+def keys() -> list[Key]:
+    """Return every key with its default and help, in the order of the files."""
+    found: list[Key] = []
+    for field in dataclasses.fields(AppConfig):
+        if field.name == "peft":
+            found += [
+                Key(_PEFT_PREFIX + option, _kind_of(value), value, _PEFT_HELP[option])
+                for option, value in _PEFT_DEFAULTS.items()
+            ]
+        else:
+            meta = field.metadata
+            choices = (*STRATEGIES, "compressed:NAME") if field.name == "strategy" else ()
+            found.append(
+                Key(
+                    _name(field),
+                    meta["kind"],
+                    cast(Scalar, field.default),
+                    meta["help"],
+                    choices or meta["choices"],
+                )
+            )
+    return found
+
+
+def parse_assignment(text: str) -> tuple[str, Scalar]:
+    """Return key and value of ``key=value`` as typed on a command line.
+
+    The value is read as the key's kind asks for; quotes around a text may be left out.
+
+    Raises
+    ------
+    ConfigError
+        Where there is no ``=``. Whether key and value fit is checked by `AppConfig`.
+
+    Examples
+    --------
+    >>> parse_assignment("rounds=3"), parse_assignment("model=org/name")
+    (('rounds', 3), ('model', 'org/name'))
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f'expected key=value, found "{text}"')
+    kinds = {key.name: key.kind for key in keys()}
+    value = value.strip()
+    literal: Any = value
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        literal = tomllib.loads(f"value = {value}")["value"]
+    if kinds.get(name) == "text" and not (isinstance(literal, str) and literal != value):
+        return name, value
+    return name, literal if isinstance(literal, Scalar) else value
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error line about an unknown name: the nearest one, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f': did you mean "{near[0]}"?'
+    return "; choices: " + ", ".join(known)
+
+
+def _name(field: dataclasses.Field[Any]) -> str:
+    return field.name.replace("_", "-")
+
+
+def _kind_of(value: Scalar) -> str:
+    return {bool: "true or false", int: "integer", float: "number", str: "text"}[type(value)]
+
+
+def _checked(name: str, value: Any, meta: Mapping[str, Any]) -> Scalar:
+    """Return `value` as the key's type, or raise with the key, the value and what fits."""
+    kind: str = meta["kind"]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "rule or number":
+        if not number and value not in SCALE_RULES:
+            raise ConfigError(
+                f'{name}: expected "mean", "norm" or a number over 0, found {_shown(value)}'
+            )
+        if number and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}: expected a finite number over 0, found {value}")
+        return value if isinstance(value, str) else float(value)
+    fits = {
+        "text": isinstance(value, str),
+        "integer": number and isinstance(value, int),
+        "number": number,
+        "true or false": isinstance(value, bool),
+    }[kind]
+    if not fits:
+        raise ConfigError(f"{name}: expected {kind}, found {_shown(value)}")
+    choices = meta["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}: {_shown(value)} is none of {', '.join(choices)}")
+    if number:
+        _check_range(name, value, meta)
+        return float(value) if kind == "number" else int(value)
+    return str(value) if kind == "text" else bool(value)
+
+
+def _check_range(name: str, value: float, meta: Mapping[str, Any]) -> None:
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    if math.isfinite(value) and low <= value <= high and value > above:
+        return
+    bounds = []
+    if above > -math.inf:
+        bounds.append(f"over {above:g}")
+    if low > -math.inf:
+        bounds.append(f"at least {low:g}")
+    if high < math.inf:
+        bounds.append(f"at most {high:g}")
+    raise ConfigError(f"{name}: expected {' and '.join(bounds) or 'a number'}, found {value}")
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy in STRATEGIES:
+        return
+    if strategy.startswith(COMPRESSED_PREFIX) and len(strategy) > len(COMPRESSED_PREFIX):
+        return
+    choices = (*STRATEGIES, "compressed:NAME with a strategy of flwr.serverapp.strategy")
+    raise ConfigError(f'strategy: "{strategy}" is none of {", ".join(choices)}')
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected a JSON object, found {text}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

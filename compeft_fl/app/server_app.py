@@ -1,0 +1,168 @@
+"""The ServerApp: samples nodes, merges their updates, scores the global adapter, reports."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp, strategy
+from flwr.serverapp.strategy import Strategy
+
+from compeft_fl import strategies
+from compeft_fl.app.baseline import ObservedFedAvg
+from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
+from compeft_fl.app.journal import Journal
+from compeft_fl.errors import CompeftError, ConfigError
+from compeft_fl.records import LOGGER, to_arrays, to_state
+
+if TYPE_CHECKING:
+    from compeft_fl.app.model import Classifier
+
+__all__ = ["app", "build_strategy", "run_folder"]
+
+CHECKPOINTS: Final = "checkpoints"
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the configuration describes, and leave its results in a folder."""
+    config = AppConfig.from_run_config(context.run_config)
+    journal = Journal(run_folder(config), config)
+    try:
+        _run(grid, config, journal)
+    except BaseException as error:
+        journal.error(f"{type(error).__name__}: {error}")
+        raise
+    journal.end()
+
+
+def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
+    """Build, federate and report."""
+    rule = build_strategy(config, journal)  # what is wrong with it shows before anything is loaded
+
+    from compeft_fl.app import data, model, report, training
+
+    random.seed(config.seed)  # Flower samples nodes with it
+    rows = data.load(config)
+    classifier = model.build(config, rows)
+    state = classifier.adapter_state()
+    journal.begin(sum(tensor.numel() for tensor in state.values()))
+    LOGGER.info("results go to %s", journal.folder)
+
+    def score(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        _load(classifier, arrays)
+        found = training.evaluate(classifier, rows.test, config)
+        journal.on_score(server_round, found.accuracy, found.loss)
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+
+    initial = to_arrays({name: tensor.numpy() for name, tensor in state.items()})
+    options: dict[str, Any] = {}
+    if config.compressed:
+        options["checkpointing"] = strategies.Checkpointing(
+            strategies.CheckpointFolder(journal.folder / CHECKPOINTS),
+            resume=config.resume,
+            extra=journal.state,
+            restored=journal.restore,
+        )
+    rule.start(
+        grid=grid,
+        initial_arrays=initial,
+        num_rounds=config.rounds,
+        timeout=config.timeout,
+        evaluate_fn=score,
+        **options,
+    )
+    classifier.save(journal.folder / "adapter")  # it holds what was scored last
+    record = journal.record()
+    report.write(journal.folder, record)
+    if config.rounds and config.fraction_train and not any(r.replies for r in record.rounds):
+        reason = journal.reasons[0] if journal.reasons else "no node answered"
+        raise CompeftError(f"no reply of any node could be used; the first: {reason}")
+
+
+def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Strategy:
+    """Return the Flower strategy of a configuration.
+
+    Raises
+    ------
+    ConfigError
+        Where ``compressed:NAME`` names no strategy of Flower's, or an option does not fit it.
+    """
+    sampling = {
+        "fraction_train": config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": config.min_nodes,
+    }
+    if config.strategy == "fedavg":
+        return ObservedFedAvg(observer=observer, **sampling)
+    downlink = strategies.DownlinkOptions(
+        codec="golomb" if config.downlink == "compressed" else "dense",
+        density=config.downlink_density,
+        scale=config.downlink_scale,
+        first_contact="seed" if config.downlink == "compressed" else "snapshot",
+    )
+    if config.strategy.startswith(COMPRESSED_PREFIX):
+        inner = _inner(config, sampling)
+        return strategies.Compressed(inner, observer=observer, downlink=downlink)
+    options: dict[str, Any] = {**sampling, "observer": observer, "downlink": downlink}
+    if config.strategy == "task-arithmetic":
+        return strategies.ComPEFTTaskArithmetic(scaling=config.scaling, **options)
+    if config.strategy == "ties":
+        return strategies.ComPEFTTies(scaling=config.scaling, tie=config.tie, **options)
+    return strategies.ComPEFTAverage(**options)
+
+
+def _inner(config: AppConfig, sampling: dict[str, Any]) -> Strategy:
+    """Return Flower's own strategy behind ``compressed:NAME``."""
+    name = config.strategy.removeprefix(COMPRESSED_PREFIX)
+    choices = {
+        known: kind
+        for known in strategy.__all__
+        if isinstance(kind := getattr(strategy, known), type)
+        and issubclass(kind, Strategy)
+        and "fraction_train" in inspect.signature(kind).parameters
+    }
+    if name not in choices:
+        raise ConfigError(
+            f'strategy: Flower has no strategy "{name}" that runs here{suggestion(name, choices)}'
+        )
+    options = config.further_strategy_options()
+    known = set(inspect.signature(choices[name]).parameters) - set(sampling)
+    for option in options:
+        if option not in known:
+            near = suggestion(option, sorted(known))
+            raise ConfigError(f"strategy-options: {name} has no such option: {option}{near}")
+    try:
+        built: Strategy = choices[name](**sampling, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"strategy-options: {name} does not take them: {error}") from error
+    return built
+
+
+def run_folder(config: AppConfig) -> Path:
+    """Return the run's folder: the configured one, or a new name under ``out``."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    name = f"{config.scenario}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.out).absolute() / name
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
+
+
+def _load(classifier: Classifier, arrays: ArrayRecord) -> None:
+    """Give the classifier the global adapter."""
+    import torch
+
+    state = {name: torch.from_numpy(value.copy()) for name, value in to_state(arrays).items()}
+    classifier.load_adapter_state(state)
