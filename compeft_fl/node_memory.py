@@ -80,7 +80,9 @@ class NodeMemory:
             try:
                 assert file is not None
                 if (file.folder, threading.get_ident()) in _held:
-                    raise ParameterError("expected CompressionMod once in the mods: is CompressionMod there twice?")
+                    raise ParameterError(
+                        "expected CompressionMod once in the mods: is CompressionMod there twice?"
+                    )
                 new = not file.folder.parent.exists()
                 stack.enter_context(file.locked())
                 stack.enter_context(_holding(file.folder))
