@@ -18,7 +18,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy test check lint types proto proto-check bench clean
+.PHONY: help install run deploy test check lint types proto proto-check bench fuzz faults clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -76,6 +76,12 @@ $(PROTOC)/.installed: | $(INSTALLED)
 	@$(PIP) --no-deps --only-binary :all: --target $(PROTOC) grpcio-tools==$(GRPCIO_TOOLS) || \
 	  $(call fail,pip could not install grpcio-tools $(GRPCIO_TOOLS): see above)
 	@touch $@
+
+faults: $(INSTALLED) ## kill processes of real runs, and resume them
+	@$(BIN)/python -m pytest -m "faults or deploy" $(ARGS)
+
+fuzz: $(INSTALLED) ## 10^5 inputs and more to all that reads bytes from elsewhere
+	@$(BIN)/python simulations/fuzz.py $(ARGS)
 
 bench: $(INSTALLED) ## compression, codecs and merging against their baselines
 	@$(BIN)/python simulations/bench_core.py $(ARGS)

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="ComPEFT-compressed federated fine-tuning of PEFT adapters over Flower.",
     )
     version = f"%(prog)s {compeft_fl.__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
     deploy_command.add_parsers(commands)

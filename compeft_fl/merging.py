@@ -1,8 +1,8 @@
 """Merging task vectors: accumulators that take one update at a time, straight from its bytes.
 
-Ternary updates wait as bit masks and are summed in batches, in float64. The memory is O(d), whatever
-the number of updates; two accumulators combine, in any order and grouping, so a tree of servers
-gives what one server gives.
+Ternary updates wait as bit masks and are summed in batches, in float64. The memory is O(d),
+whatever the number of updates; two accumulators combine, in any order and grouping, so a tree of
+servers gives what one server gives.
 
 Sources: Task Arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089; TIES, Yadav et al.,
 https://arxiv.org/abs/2306.01708, of which ComPEFT's updates have done the first step (trim)
@@ -130,9 +130,8 @@ class Accumulator(ABC):
         if self.layout is not None and other.layout != self.layout:
             raise LayoutError(f"expected {self.layout!r}, found {other.layout!r}")
         self.layout = other.layout
-        other._fold(other._waiting(other.layout))
         sums = self._summed(self.layout)
-        sums += other._summed(self.layout)
+        sums += other.sums()
         self.count += other.count
         self.total_weight += other.total_weight
 
@@ -152,6 +151,46 @@ class Accumulator(ABC):
         if not np.isfinite(merged).all():
             raise NonFiniteError("expected a finite result, found sums beyond float32")
         return TaskVector(self.layout, merged)
+
+    def sums(self) -> NDArray[np.float64]:
+        """All that has been added, as sums of shape (d, columns): the accumulator's own, no copy.
+
+        One column for `Average` and `TaskArithmetic`. Four for `Ties`: P, the weight behind it, N,
+        the weight behind it. `compeft_fl.partial` makes bytes of them.
+
+        Raises
+        ------
+        ParameterError
+            No layout is known yet.
+        """
+        if self.layout is None:
+            raise ParameterError("expected an accumulator with a layout, found one without")
+        self._fold(self._waiting(self.layout))
+        return self._summed(self.layout)
+
+    def with_sums(
+        self, sums: NDArray[np.float64], count: int, total_weight: float, layout: Layout
+    ) -> Self:
+        """An accumulator with these settings that has taken what another one's `sums` say.
+
+        Raises
+        ------
+        LayoutError
+            Sums of another shape.
+        """
+        shape = (layout.num_parameters, self._columns)
+        if sums.shape != shape or sums.dtype != np.float64:
+            raise LayoutError(
+                f"expected float64 sums of shape {shape}, found {sums.dtype} {sums.shape}"
+            )
+        taken = self.fresh(layout)
+        taken._sums, taken.count, taken.total_weight = sums, count, total_weight
+        return taken
+
+    @property
+    def columns(self) -> int:
+        """How many float64 sums there are per parameter."""
+        return self._columns
 
     def _waiting(self, layout: Layout) -> Pending:
         if self._pending is None:

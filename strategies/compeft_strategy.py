@@ -19,6 +19,7 @@ from strategies.broadcast import Base, Broadcaster, DownlinkOptions
 from strategies.metrics import Metrics
 from strategies.observer import RoundCounts, RoundObserver
 from strategies.replies import Intake, Reply, update_of, weight_of
+from strategies.robustness import SignAgreementFilter, take_screened
 from strategies.rounds import Checkpointing, run_rounds
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions"]
@@ -71,9 +72,11 @@ class ComPEFTStrategy(FedAvg):
         *,
         observer: RoundObserver | None = None,
         downlink: DownlinkOptions | None = None,
+        robustness: SignAgreementFilter | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
+        self.robustness = robustness
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         self._own_metrics = {
             "train": options.get("train_metrics_aggr_fn") is not None,
@@ -97,6 +100,8 @@ class ComPEFTStrategy(FedAvg):
     def summary(self) -> None:
         """Log the strategy's settings."""
         LOGGER.info("\t├──> %s", self.describe())
+        if self.robustness is not None:
+            LOGGER.info("\t├──> %s", self.robustness.describe())
         super().summary()
 
     def start(
@@ -156,16 +161,17 @@ class ComPEFTStrategy(FedAvg):
         metrics = self._metrics("train")
         intake = Intake("train", server_round, self.observer, self._broadcaster)
 
-        def read(reply: Reply) -> tuple[float, TernaryVector | TaskVector]:
+        def read(reply: Reply) -> tuple[float, bytes, TernaryVector | TaskVector]:
             _, _, weight = weight_of(reply.message.content, self.weighted_by_key)
-            return weight, base.read(update_of(reply.message.content)[1])
+            _, blob = update_of(reply.message.content)
+            return self.merging_weight(weight), blob, base.read(blob)
 
-        def add(reply: Reply, value: tuple[float, TernaryVector | TaskVector]) -> None:
-            accumulator.add(value[1], self.merging_weight(value[0]))
+        def add(reply: Reply, update: TernaryVector | TaskVector, weight: float) -> None:
+            accumulator.add(update, weight)
             self._add_metrics(metrics, reply)
             intake.accept(reply)
 
-        intake.take(replies, read, add)
+        take_screened(self.robustness, base.layout, intake, self.observer, replies, read, add)
         intake.log()
         return self._merge(server_round, base, accumulator), metrics.result()
 

@@ -101,8 +101,11 @@ class SignAgreementFilter:
 
     Notes
     -----
-    Where the median cosine is itself no more than chance, there is no direction to compare with,
-    and the cosines set nothing aside. What the rule cannot do: a coalition that sends nearly the
+    Near the end of training honest updates have little in common, and where the median cosine is
+    no more than chance there is no direction to compare with. Such a round is judged by the last
+    one that had one: who was set aside then still is, and no norm counts as more than the median.
+
+    What the rule cannot do: a coalition that sends nearly the
     same update outvotes sparse honest ones wherever few of them move a parameter; an update that
     mostly agrees and hides a backdoor in few parameters passes; where honest nodes have nothing in
     common, those that differ most are set aside, which costs what only they know.
@@ -122,7 +125,7 @@ class SignAgreementFilter:
         max_weight: float = 10.0,
         min_replies: int = 4,
         dry_run: bool = False,
-        memory_bytes: int = 64 << 20,
+        memory_bytes: int = 16 << 20,
     ) -> None:
         if not 0 <= min_cosine <= 1:
             raise ParameterError(f"expected min_cosine in 0 .. 1, found {min_cosine!r}")
@@ -135,6 +138,7 @@ class SignAgreementFilter:
             raise ParameterError(f"expected memory_bytes over 0, found {memory_bytes!r}")
         self.min_cosine, self.max_size, self.max_weight = min_cosine, max_size, max_weight
         self.min_replies, self.dry_run, self.memory_bytes = min_replies, dry_run, memory_bytes
+        self._suspects: set[int] = set()  # node ids
 
     def describe(self) -> str:
         """The rule and its settings, for the log."""
@@ -143,6 +147,37 @@ class SignAgreementFilter:
             f"{self.max_size:g} times the median"
             f"{' (dry run: said, not set aside)' if self.dry_run else ''}"
         )
+
+    def state(self) -> dict[str, list[int]]:
+        """What is remembered from round to round, as plain values for a checkpoint."""
+        return {"suspects": sorted(self._suspects)}
+
+    def restore(self, state: dict[str, list[int]]) -> None:
+        """Go on from what `state` gave."""
+        self._suspects = set(state["suspects"])
+
+    def judge_signs(self, cosines: dict[int, float], threshold: float | None) -> dict[int, str]:
+        """Who is set aside for its signs, and why.
+
+        Parameters
+        ----------
+        cosines : dict of int to float
+            By node id.
+        threshold : float or None
+            None: this round has no direction.
+        """
+        if threshold is None:
+            said = (
+                "its signs differed in an earlier round, and this one has no direction of its own"
+            )
+            return {node: said for node in cosines if node in self._suspects}
+        outliers = {node: cosine for node, cosine in cosines.items() if cosine < threshold}
+        self._suspects = (self._suspects - cosines.keys()) | outliers.keys()
+        return {
+            node: f"its signs have cosine {cosine:.3f} to the majority of the others', "
+            f"below {threshold:.3f}"
+            for node, cosine in outliers.items()
+        }
 
 
 @dataclass(slots=True)
@@ -171,6 +206,7 @@ class _Screening:
         self._entries: list[_Entry] = []
         self._spool = tempfile.SpooledTemporaryFile(max_size=rule.memory_bytes)  # noqa: SIM115
         self._carrier: Message | None = None
+        self._most_norm = math.inf
 
     def __enter__(self) -> Self:
         return self
@@ -212,18 +248,17 @@ class _Screening:
         for entry in entries:
             entry.cosine = self._majority.cosine(self._update(entry), voted=entry.votes)
         cosines = [entry.cosine for entry in entries if entry.votes]
-        threshold = self._threshold(cosines) if enough else None
-        if threshold is not None:
+        if enough:
+            threshold = self._threshold(cosines)
+            if threshold is None:
+                self._most_norm = statistics.median(entry.norm for entry in entries)
+            outliers = rule.judge_signs({e.node_id: e.cosine for e in entries}, threshold)
             for entry in entries:
-                if entry.reason is None and entry.cosine < threshold:
-                    entry.reason = (
-                        f"its signs have cosine {entry.cosine:.3f} to the majority of the others', "
-                        f"below {threshold:.3f}"
-                    )
+                entry.reason = entry.reason or outliers.get(entry.node_id)
         return [Similarity(e.node_id, e.cosine, e.norm, e.num_nonzeros, e.reason) for e in entries]
 
     def replies(self) -> Iterator[tuple[Reply, Update, float, str | None]]:
-        """Each reply with its update, its bounded weight, and why it is set aside."""
+        """Each reply with its update and weight, both within bounds, and why it is set aside."""
         if not self._entries or self._carrier is None:
             return
         most = self._rule.max_weight * statistics.median(e.weight for e in self._entries)
@@ -237,7 +272,10 @@ class _Screening:
                 {key: MetricRecord(metrics) for key, metrics in told.items()}
             )
             reply = Reply(entry.node_id, self._carrier, entry.num_bytes)
-            yield reply, self._update(entry), min(entry.weight, most), entry.reason
+            update = self._update(entry)
+            if entry.norm > self._most_norm:
+                update = _shortened(update, self._most_norm / entry.norm)
+            yield reply, update, min(entry.weight, most), entry.reason
 
     def _update(self, entry: _Entry) -> Update:
         self._spool.seek(entry.position + entry.sizes[0])
@@ -356,3 +394,9 @@ def _sizes(update: Update) -> tuple[float, float, int]:
     values = dense.cpu().numpy() if is_torch(dense) else dense
     norm = math.sqrt(float(np.square(values, dtype=np.float64).sum()))
     return norm, 0.0, int(np.count_nonzero(values))
+
+
+def _shortened(update: Update, factor: float) -> Update:
+    if isinstance(update, TernaryVector):
+        return update.with_scales(update.scales * np.float32(factor))
+    return TaskVector(update.layout, update.values * factor)

@@ -8,6 +8,7 @@ from compeft_fl.merging import Accumulator, TaskArithmetic
 from compeft_fl.task_vector import Layout
 from strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
 from strategies.observer import RoundObserver
+from strategies.robustness import SignAgreementFilter
 
 __all__ = ["ComPEFTTaskArithmetic"]
 
@@ -37,10 +38,11 @@ class ComPEFTTaskArithmetic(ComPEFTStrategy):
         *,
         scaling: float | None = None,
         observer: RoundObserver | None = None,
+        robustness: SignAgreementFilter | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         self._method = TaskArithmetic(scaling)
-        super().__init__(observer=observer, **options)
+        super().__init__(observer=observer, robustness=robustness, **options)
 
     def accumulator(self, layout: Layout) -> Accumulator:
         """See `ComPEFTStrategy.accumulator`."""

@@ -8,6 +8,7 @@ from compeft_fl.merging import Accumulator, Ties
 from compeft_fl.task_vector import Layout
 from strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
 from strategies.observer import RoundObserver
+from strategies.robustness import SignAgreementFilter
 
 __all__ = ["ComPEFTTies"]
 
@@ -40,10 +41,11 @@ class ComPEFTTies(ComPEFTStrategy):
         scaling: float = 0.4,
         tie: str = "zero",
         observer: RoundObserver | None = None,
+        robustness: SignAgreementFilter | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         self._method = Ties(scaling, tie)
-        super().__init__(observer=observer, **options)
+        super().__init__(observer=observer, robustness=robustness, **options)
 
     def accumulator(self, layout: Layout) -> Accumulator:
         """See `ComPEFTStrategy.accumulator`."""

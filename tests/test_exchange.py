@@ -11,21 +11,16 @@ import numpy as np
 import pytest
 import tiny
 from flwr.app import ConfigRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvgM
 from local_grid import LocalGrid, node_ids
 
 from compeft_fl.compeft import compress
-from compeft_fl.errors import StateError
 from compeft_fl.exchange.downlink import digest_of
 from compeft_fl.mod import CompressionMod
 from compeft_fl.node_memory import NodeMemory
 from compeft_fl.records import EXCHANGE_KEY, find_answer, find_offer
 from compeft_fl.strategies import (
-    CheckpointFolder,
-    Checkpointing,
     ComPEFTAverage,
     ComPEFTTies,
-    Compressed,
     DownlinkOptions,
 )
 from compeft_fl.task_vector import TaskVector
@@ -337,120 +332,6 @@ def test_a_node_without_a_place_for_its_state_takes_part(tmp_path, monkeypatch, 
     assert [count.replies for count in strategy.observer.train.values()] == [N, N]
     assert strategy.observer.train[2].down_bytes > N * 800
     assert "remembers nothing" in caplog.text
-
-
-# --- checkpoints --------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The server's end, at a moment of the test's choice."""
-
-
-STRATEGIES = {
-    "average": lambda: ComPEFTAverage(),
-    "ties": lambda: ComPEFTTies(),
-    "adam": lambda: Compressed(FedAdam(eta=0.01)),
-    "momentum": lambda: Compressed(FedAvgM(server_momentum=0.9)),
-}
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("moment", ["configure_train", "aggregate_train", "configure_evaluate"])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(name, moment, tmp_path, monkeypatch):
-    random.seed(5)  # Flower asks the nodes in a random order, which is that of its sums
-    whole = start(STRATEGIES[name](), grid_of(), 5)
-    monkeypatch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path / "state"))
-
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    killed = STRATEGIES[name]()
-    step = getattr(killed, moment)
-
-    def die(server_round, *args):
-        if server_round == 4 - (moment == "configure_evaluate"):
-            if moment == "aggregate_train":
-                list(args[0])  # the nodes have trained, and their replies are gone
-            raise Killed
-        return step(server_round, *args)
-
-    setattr(killed, moment, die)
-    random.seed(5)
-    with pytest.raises(Killed):
-        start(killed, grid_of(), 5, checkpointing=Checkpointing(folder))
-    random.seed(99)
-    resumed = STRATEGIES[name]()
-    result = start(resumed, grid_of(), 5, checkpointing=Checkpointing(folder, resume=True))
-    np.testing.assert_array_equal(flat(result.arrays), flat(whole.arrays))
-    assert set(result.train_metrics_clientapp) == {1, 2, 3, 4, 5}
-    assert set(result.evaluate_metrics_clientapp) == {1, 2, 3, 4, 5}
-    assert len(folder.files()) == 3
-
-
-def test_a_new_node_id_is_known_by_its_name(tmp_path):
-    """A resumed simulation has other node ids; what the nodes remember is theirs still."""
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    first = ComPEFTAverage(fraction_evaluate=0.0)
-    start(first, grid_of(), 3, checkpointing=Checkpointing(folder))
-    grid = grid_of()
-    for old in list(grid.contexts):
-        grid.contexts[old + 500] = grid.contexts.pop(old)
-        grid.apps[old + 500] = grid.apps.pop(old)
-    second = ComPEFTAverage(fraction_evaluate=0.0)
-    start(second, grid, 4, checkpointing=Checkpointing(folder, resume=True))
-    fourth = second.observer.train[4]
-    # Each says once that it has taken part before; nobody needs the whole adapter again.
-    assert (fourth.replies, fourth.resyncs) == (N, N)
-    assert remembered(second).taken == 2
-
-
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
-    folder = CheckpointFolder(tmp_path)
-    start(ComPEFTAverage(), grid_of(), 3, checkpointing=Checkpointing(folder))
-    newest, middle, oldest = folder.files()
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 4
-    newest.write_bytes(content)
-    assert folder.load().server_round == 2
-    assert "is passed over" in caplog.text
-    middle.write_bytes(middle.read_bytes()[:100])
-    assert folder.load().server_round == 1
-    oldest.write_bytes(b"")
-    with pytest.raises(StateError, match="none that is whole"):
-        folder.load()
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
-    folder = CheckpointFolder(tmp_path)
-    start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))
-    other = tiny.arrays({"w": np.zeros(3, np.float32)})
-    with pytest.raises(StateError, match="another adapter"):
-        ComPEFTAverage().start(
-            grid_of(), other, num_rounds=2, checkpointing=Checkpointing(folder, resume=True)
-        )
-
-
-def test_a_checkpoint_that_cannot_be_written_stops_no_run(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    folder = CheckpointFolder(tmp_path / "file" / "folder")
-    strategy = ComPEFTAverage()
-    start(strategy, grid_of(), 2, checkpointing=Checkpointing(folder))
-    assert strategy.observer.train[2].replies == N
-    assert "no checkpoint" in caplog.text
-
-
-def test_what_the_caller_keeps_comes_back(tmp_path):
-    folder, told = CheckpointFolder(tmp_path), []
-    keep = Checkpointing(folder, extra=lambda: {"rows": [1, 2]})
-    start(ComPEFTAverage(), grid_of(), 1, checkpointing=keep)
-    again = Checkpointing(folder, resume=True, restored=told.append)
-    start(ComPEFTAverage(), grid_of(), 2, checkpointing=again)
-    assert told == [{"rows": [1, 2]}]
-
-
-def test_resuming_without_a_checkpoint_begins(tmp_path):
-    strategy = ComPEFTAverage()
-    keep = Checkpointing(CheckpointFolder(tmp_path), resume=True)
-    start(strategy, grid_of(), 2, checkpointing=keep)
-    assert set(strategy.observer.train) == {1, 2}
 
 
 def test_one_node_without_error_feedback_is_followed(tmp_path):

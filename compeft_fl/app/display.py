@@ -187,6 +187,7 @@ class _Live:
             TextColumn("{task.fields[news]}"),
             TimeElapsedColumn(),
             transient=True,
+            refresh_per_second=4,
         )
         self._task: TaskID = self._progress.add_task("starting Flower", total=None, news="")
 
@@ -211,16 +212,19 @@ class _Live:
                 self._round = event["round"]
                 self._nodes, self._replies, self._sent, self._dense = 0, 0, 0, 0
             self._nodes += event["nodes"]
-            self._update(f"round {event['round']}/{self._rounds}", total=self._nodes)
+            self._update(self._where(), total=self._nodes)
         elif kind == "reply" and event["kind"] == "train":
             self._replies += 1
             self._sent += event["bytes"]
             self._dense += 4 * self._parameters if event["bytes"] else 0
             if "reason" in event:
                 self._say(f"  node {event['node']} is set aside: {event['reason']}")
-            self._update(f"round {event['round']}/{self._rounds}", completed=self._replies)
+            self._update(self._where(), completed=self._replies)
         elif kind == "score":
             self._score(event)
+
+    def _where(self) -> str:
+        return f"round {self._round}/{self._rounds}, nodes {self._replies}/{self._nodes}"
 
     def _score(self, event: dict[str, Any]) -> None:
         self._accuracy = event["accuracy"]

@@ -27,7 +27,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, cast
 
-__all__ = ["PROGRAM", "THREADS", "run", "serve", "write_program"]
+__all__ = ["PROGRAM", "THREADS", "load_kernels", "run", "serve", "write_program"]
 
 PROGRAM: Final = "flwr-clientapp"
 THREADS: Final = {"MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -36,7 +36,6 @@ THREADS: Final = {"MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_
 _PRELOADED: Final = (
     "compeft_fl.app.client_app",
     "compeft_fl.app.training",
-    "compeft_fl.kernels.cpu",
     "peft",
 )
 _ACCEPTED: Final = b"+"
@@ -168,6 +167,7 @@ def _preload() -> int:
         with suppress(ImportError):  # an app of one's own may do without peft
             import_module(module)
     _entry_point()
+    load_kernels()
     if "torch" not in sys.modules:
         return 0
     import torch
@@ -175,6 +175,18 @@ def _preload() -> int:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     torch.set_num_threads(1)
     return threads or os.cpu_count() or 1
+
+
+def load_kernels() -> None:
+    """Compress and restore a few numbers: what is compiled for that is loaded at its first use."""
+    import numpy as np
+
+    from compeft_fl import Layout, TaskVector, compress, decode, encode
+    from compeft_fl.task_vector import TensorSpec
+
+    layout = Layout([TensorSpec("w", (64,), "f32")])
+    update = compress(TaskVector(layout, np.arange(64, dtype=np.float32)), 0.1, "mean")
+    decode(encode(update)).to_task_vector()
 
 
 def _entry_point() -> Callable[[], object]:

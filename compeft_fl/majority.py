@@ -1,0 +1,189 @@
+"""The direction in which most of a round's updates point, parameter by parameter, as two bit masks.
+
+Each update has one vote per parameter that it moves: its sign. Scales and numbers of examples have
+none, so that no client can shout. The votes are counted in bit planes, 2 log2(n) bits per
+parameter for n updates, and compared with masks: no dense vector anywhere.
+
+Source: the majority vote of signs, Bernstein et al., https://arxiv.org/abs/1810.05291.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.task_vector import Layout, TaskVector, is_torch
+from compeft_fl.ternary import TernaryVector, num_words
+
+__all__ = ["SignMajority", "signs_of"]
+
+Words = NDArray[np.uint64]
+
+_FIRST_PLANES = 4  # counts up to 15
+
+
+def signs_of(update: TernaryVector | TaskVector) -> TernaryVector:
+    """An update's signs alone: scale 1; what a scale of 0 makes 0 is left out.
+
+    Examples
+    --------
+    >>> tau = TaskVector.from_dict({"w": np.array([0.5, 0, -3], "f4")})
+    >>> signs_of(tau).to_task_vector().values
+    array([ 1.,  0., -1.], dtype=float32)
+    """
+    if isinstance(update, TaskVector):
+        dense: Any = update.values
+        values = dense.cpu().numpy() if is_torch(dense) else dense
+        return TernaryVector(update.layout, _packed(values > 0), _packed(values < 0), 1.0)
+    masks = update.positive, update.negative
+    if not update.scales.all():
+        spread = np.broadcast_to(update.scales > 0, (len(update.bounds) - 1,))
+        moved = _packed(np.repeat(spread, np.diff(update.bounds)))
+        masks = masks[0] & moved, masks[1] & moved
+    return TernaryVector(update.layout, *masks, 1.0)
+
+
+class SignMajority:
+    """Counts votes on the sign of each parameter; O(d) bits whatever the number of updates.
+
+    Parameters
+    ----------
+    layout : Layout
+        What all updates are for.
+
+    Attributes
+    ----------
+    count : int
+        How many updates have a vote.
+
+    Examples
+    --------
+    >>> rows = [[1, 1, 0], [1, -1, 0], [2, -1, -1]]
+    >>> taus = [TaskVector.from_dict({"w": np.array(row, "f4")}) for row in rows]
+    >>> majority = SignMajority(taus[0].layout)
+    >>> for tau in taus:
+    ...     majority.add(tau)
+    >>> majority.direction().to_task_vector().values
+    array([ 1., -1., -1.], dtype=float32)
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.count = 0
+        words = num_words(layout.num_parameters)
+        self._plus: Words = np.zeros((words, _FIRST_PLANES), np.uint64)
+        self._minus: Words = np.zeros((words, _FIRST_PLANES), np.uint64)
+        self._leads: tuple[Words, Words, Words, Words] | None = None
+        self._num_decided = 0
+
+    def add(self, update: TernaryVector | TaskVector) -> None:
+        """Give an update its vote.
+
+        Raises
+        ------
+        LayoutError
+            Another layout.
+        """
+        from compeft_fl.kernels import cpu_vote
+
+        signs = self._signs(update)
+        planes = self._plus.shape[1]
+        if self.count + 1 >= 1 << planes:
+            self._plus = np.pad(self._plus, ((0, 0), (0, 2)))
+            self._minus = np.pad(self._minus, ((0, 0), (0, 2)))
+        cpu_vote.add(self._plus, signs.positive)
+        cpu_vote.add(self._minus, signs.negative)
+        self.count += 1
+        self._leads = None
+
+    def remove(self, update: TernaryVector | TaskVector) -> None:
+        """Take back the vote of an update that was added.
+
+        Raises
+        ------
+        LayoutError
+            Another layout.
+        ParameterError
+            Nothing has been added.
+        """
+        from compeft_fl.kernels import cpu_vote
+
+        signs = self._signs(update)
+        if not self.count:
+            raise ParameterError("expected an update that was added, found none at all")
+        cpu_vote.remove(self._plus, signs.positive)
+        cpu_vote.remove(self._minus, signs.negative)
+        self.count -= 1
+        self._leads = None
+
+    def direction(self) -> TernaryVector:
+        """The sign that more updates have, with scale 1; 0 where as many are + as are -."""
+        plus, _, minus, _ = self._compared()
+        return TernaryVector(self.layout, plus, minus, 1.0)
+
+    def cosine(self, update: TernaryVector | TaskVector, *, voted: bool = True) -> float:
+        """The cosine between an update's signs and the direction of the others.
+
+        Parameters
+        ----------
+        update : TernaryVector or TaskVector
+        voted : bool
+            It was added: its own vote is left out of the direction, for where few updates move a
+            parameter each agrees with itself.
+
+        Returns
+        -------
+        float
+            In -1 .. 1; 0 where one of the two is 0.
+
+        Raises
+        ------
+        LayoutError
+            Another layout.
+        """
+        signs = self._signs(update)
+        plus, far_plus, minus, far_minus = self._compared()
+        up, down = signs.positive, signs.negative
+        decided = self._num_decided
+        if voted:
+            # Without this update's own +, the others' lead is one less: a lead of one is gone, and
+            # where there was none they are for -.
+            agree = _count(up & far_plus) + _count(down & far_minus)
+            oppose = _count(up & ~plus) + _count(down & ~minus)
+            even = _count((up | down) & ~(plus | minus))
+            decided += even - _count(up & plus & ~far_plus) - _count(down & minus & ~far_minus)
+        else:
+            agree = _count(up & plus) + _count(down & minus)
+            oppose = _count(up & minus) + _count(down & plus)
+        norms = float(_count(up | down)) * float(decided)
+        return (agree - oppose) / float(np.sqrt(norms)) if norms > 0 else 0.0
+
+    def _signs(self, update: TernaryVector | TaskVector) -> TernaryVector:
+        if update.layout != self.layout:
+            raise LayoutError(f"expected {self.layout!r}, found {update.layout!r}")
+        return signs_of(update)
+
+    def _compared(self) -> tuple[Words, Words, Words, Words]:
+        """Where + leads by 1 and by 2, and where - does."""
+        from compeft_fl.kernels import cpu_vote
+
+        if self._leads is None:
+            plus = cpu_vote.leads(self._plus, self._minus)
+            minus = cpu_vote.leads(self._minus, self._plus)
+            self._num_decided = _count(plus[0] | minus[0])
+            self._leads = (*plus, *minus)
+        return self._leads
+
+
+def _count(mask: Words) -> int:
+    return int(np.bitwise_count(mask).sum())
+
+
+def _packed(mask: NDArray[np.bool_]) -> Words:
+    """A mask of booleans as words."""
+    packed = np.zeros(8 * num_words(mask.size), np.uint8)
+    packed[: (mask.size + 7) >> 3] = np.packbits(mask, bitorder="little")
+    return packed.view(np.uint64)

@@ -1,0 +1,229 @@
+"""Deployments of real processes on loopback: the bytes are gRPC, and nothing stays behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import stat
+import subprocess
+import sys
+import time
+from ipaddress import ip_address
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from counting_relay import PREFACE, Relay, frames, new_paths
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from compeft_fl.app import warm
+from compeft_fl.app.credentials import write_credentials
+from compeft_fl.app.deploy import Deployment, deploy
+from compeft_fl.app.scenario import Scenario
+from compeft_fl.errors import ConfigError
+
+FLWR = importlib.metadata.version("flwr")
+needs_grpc = pytest.mark.skipif(
+    not FLWR.startswith("1.39."),
+    reason=f"SuperNodes speak gRPC up to flwr 1.39; {FLWR} is installed, whose speak HTTP",
+)
+RECIPES = Path(__file__).parents[1] / "simulations" / "deploy"
+SECONDS = 240
+
+# An app without torch, so that its processes start in a second.
+PLAIN_APP = """\
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from compeft_fl.mod import CompressionMod
+from compeft_fl.strategies import ComPEFTAverage
+
+server_app = ServerApp()
+client_app = ClientApp(mods=[CompressionMod(density=0.1)])
+
+
+@client_app.train()
+def train(message, context):
+    weights = message.content["arrays"]["w"].numpy()
+    step = np.random.default_rng(context.node_config["partition-id"]).standard_normal(5000)
+    arrays = ArrayRecord({"w": Array((weights + step).astype(np.float32))})
+    metrics = MetricRecord({"num-examples": 1})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+@server_app.main()
+def main(grid, context):
+    strategy = ComPEFTAverage(fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2)
+    start = ArrayRecord({"w": Array(np.zeros(5000, np.float32))})
+    result = strategy.start(grid=grid, initial_arrays=start, num_rounds=1, timeout=120)
+    assert np.abs(result.arrays["w"].numpy()).sum() > 0
+"""
+PLAIN_PROJECT = """\
+[project]
+name = "plain"
+version = "1.0.0"
+description = "An app without torch"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "compeft-fl"
+[tool.flwr.app.components]
+serverapp = "plain_app:server_app"
+clientapp = "plain_app:client_app"
+"""
+
+
+@needs_grpc
+@pytest.mark.deploy
+def test_nodes_and_server_speak_grpc(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PLAIN_PROJECT, encoding="utf-8")
+    (app / "plain_app.py").write_text(PLAIN_APP, encoding="utf-8")
+    with (
+        Deployment(tmp_path, num_nodes=2, secure=False, warm=False) as deployment,
+        Relay(deployment.fleet_port) as relay,
+    ):
+        deployment.start_node(0, relay.port)
+        deployment.start_node(1)
+        run_id = deployment.submit(app)
+        status = _finished(deployment, run_id)
+    assert status == "finished:completed", _logs(tmp_path)
+    streams = [bytes(stream) for stream in relay.sent if stream]
+    assert streams
+    assert all(stream.startswith(PREFACE) for stream in streams)
+    paths = [path for stream in streams for path in new_paths(stream)]
+    assert "/flwr.proto.Fleet/PushObject" in paths
+    assert all(path.startswith("/flwr.proto.Fleet/") for path in paths)
+    headers = b"".join(payload for s in streams for kind, payload in frames(s) if kind == 1)
+    assert b"application/grpc" in headers
+
+
+@needs_grpc
+@pytest.mark.deploy
+def test_a_run_with_tls_completes_and_leaves_nothing(tiny_data: Path, tiny_model: Path, tmp_path):
+    scenario = Scenario.load(
+        RECIPES / "loopback.toml",
+        [
+            "num-supernodes=2",
+            "rounds=1",
+            "local-steps=1",
+            f"data={tiny_data}",
+            f"model={tiny_model}",
+        ],
+    )
+    processes: set[psutil.Process] = set()
+    listening: set[int] = set()
+
+    def on_event(event: dict) -> None:
+        for child in psutil.Process().children(recursive=True):
+            processes.add(child)
+            listening.update(
+                c.laddr.port for c in child.net_connections("tcp") if c.status == "LISTEN"
+            )
+
+    outcome = deploy(scenario, tmp_path, on_event)
+    assert outcome.completed, outcome.detail + _logs(tmp_path)
+    assert (tmp_path / "summary.json").is_file()
+    assert len(listening) >= 4  # the SuperLink's two, and one of each node
+    assert not [process for process in processes if process.is_running()]
+    still = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
+    assert not listening & still
+
+
+def test_credentials_say_what_they_are_for(tmp_path: Path) -> None:
+    folder = tmp_path / "credentials"
+    write_credentials(folder, ["fl.example.org", "10.0.0.1"], num_nodes=2)
+    authority = x509.load_pem_x509_certificate((folder / "node-0" / "ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "server" / "server.crt").read_bytes())
+    policy = PolicyBuilder().store(Store([authority]))
+    policy.build_server_verifier(x509.DNSName("fl.example.org")).verify(server, [])
+    policy.build_server_verifier(x509.IPAddress(ip_address("10.0.0.1"))).verify(server, [])
+    with pytest.raises(VerificationError):
+        policy.build_server_verifier(x509.DNSName("elsewhere.example.org")).verify(server, [])
+    private = {"ca.key", "server.key", "superexec.secret", "node.key"}
+    for file in (file for file in folder.rglob("*") if file.is_file()):
+        assert bool(stat.S_IMODE(file.stat().st_mode) & 0o077) == (file.name not in private)
+    assert {file.name for file in (folder / "node-0").iterdir()} == {"ca.crt", "node.key"}
+    keys = {file.read_text().split()[1] for file in (folder / "admin").glob("*.pub")}
+    assert len(keys) == 2
+
+
+def test_credentials_are_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="never overwritten"):
+        write_credentials(tmp_path, ["localhost"], num_nodes=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_starts_cold_where_nothing_keeps_it_warm(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / warm.PROGRAM).write_text("#!/bin/sh\necho cold $1\nexit 7\n", encoding="utf-8")
+    (real / warm.PROGRAM).chmod(0o700)
+    text = _front(tmp_path, real)
+    done = subprocess.run([text, "--token"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "cold --token\n")
+
+
+@pytest.mark.deploy
+def test_a_warm_client_is_the_real_one(tmp_path: Path) -> None:
+    """Its arguments, output, folder and exit code; and each is a process of its own."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "compeft_fl.app.warm", tmp_path / "socket"],
+        env={"PATH": "", **warm.THREADS},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "socket").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert warm.write_program(tmp_path, tmp_path / "socket")
+        program = tmp_path / warm.PROGRAM
+        for _ in range(2):
+            done = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert "Run a Flower ClientApp" in done.stdout
+        done = subprocess.run([program, "--nonsense"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "--token" in done.stderr
+        assert server.poll() is None
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+@pytest.mark.parametrize("name", ["compose.server.yaml", "compose.node.yaml"])
+def test_compose_files_mount_what_the_script_makes(name: str, tmp_path: Path) -> None:
+    write_credentials(tmp_path / "credentials", ["localhost"], num_nodes=1)
+    made = {file.name for file in (tmp_path / "credentials").rglob("*") if file.is_file()}
+    services = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))["services"]
+    words = [word for service in services.values() for word in service["command"]]
+    mounted = {word.rpartition("/")[2] for word in words if "=/credentials/" in word}
+    assert mounted
+    assert mounted <= made
+    assert "--insecure" not in words
+
+
+def _front(folder: Path, real: Path) -> Path:
+    """Write the program in front of `real`, with a socket that nobody serves."""
+    assert warm.write_program(folder, folder / "nobody", str(real))
+    return folder / warm.PROGRAM
+
+
+def _finished(deployment: Deployment, run_id: str) -> str:
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        deployment.check()
+        status, _ = deployment.status(run_id)
+        if status.startswith("finished"):
+            return status
+        time.sleep(1)
+    return "late"
+
+
+def _logs(folder: Path) -> str:
+    return "\n".join(
+        f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in folder.glob("*.log")
+    )
