@@ -223,7 +223,7 @@ def require_torch(what: str) -> None:
         import torch  # noqa: F401
     except ImportError:
         raise AdapterError(
-            f"{what} need torch, which is not installed: pip install 'compeft-fl[peft]'"
+            f"{what} need torch, which is not installed: pip install torch"
         ) from None
 
 
