@@ -31,7 +31,7 @@ from compeft_fl.partial import decode_partial, encode_partial, max_partial_bytes
 
 HOST = "127.0.0.1"
 VERSION = 3  # of the global adapter that all updates are relative to
-TIMEOUT = 120.0  # seconds until a socket gives up
+TIMEOUT = 600.0  # seconds until a socket gives up
 
 METHODS: dict[str, Callable[[cf.Layout], Any]] = {
     "average": lambda layout: cf.Average(layout=layout),

@@ -29,7 +29,7 @@ needs_grpc = pytest.mark.skipif(
     reason=f"SuperNodes speak gRPC up to flwr 1.39; {FLWR} is installed, whose speak HTTP",
 )
 RECIPES = Path(__file__).parents[1] / "simulations" / "deploy"
-SECONDS = 240
+SECONDS = 400  # for a run that takes 20 on an idle machine
 
 # An app without torch, so that its processes start in a second.
 PLAIN_APP = """\
@@ -77,6 +77,7 @@ clientapp = "plain_app:client_app"
 
 @needs_grpc
 @pytest.mark.deploy
+@pytest.mark.timeout(600)
 def test_nodes_and_server_speak_grpc(tmp_path: Path) -> None:
     app = tmp_path / "app"
     app.mkdir()
@@ -103,6 +104,7 @@ def test_nodes_and_server_speak_grpc(tmp_path: Path) -> None:
 
 @needs_grpc
 @pytest.mark.deploy
+@pytest.mark.timeout(600)
 def test_a_run_with_tls_completes_and_leaves_nothing(tiny_data: Path, tiny_model: Path, tmp_path):
     scenario = Scenario.load(
         RECIPES / "loopback.toml",
@@ -168,6 +170,7 @@ def test_a_client_starts_cold_where_nothing_keeps_it_warm(tmp_path: Path) -> Non
 
 
 @pytest.mark.deploy
+@pytest.mark.timeout(600)
 def test_a_warm_client_is_the_real_one(tmp_path: Path) -> None:
     """Its arguments, output, folder and exit code; and each is a process of its own."""
     server = subprocess.Popen(

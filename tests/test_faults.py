@@ -94,7 +94,8 @@ num-supernodes = 2
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(str(scenario), "--out", str(whole), folder=tmp_path)
-    assert process.wait(240) == 0, process.communicate()
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, ""), out
 
     homes = set(Path(tempfile.gettempdir()).glob("cfl-*"))
     process = start(str(scenario), "--out", str(broken), folder=tmp_path)

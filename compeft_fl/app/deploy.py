@@ -99,13 +99,15 @@ class Deployment(FlowerSession):
     def close(self) -> None:
         """End every process, nodes first, while there is a server to take leave of."""
         nodes = [process for name, process in self._processes.items() if name.startswith("node-")]
-        for process in nodes:
-            process.terminate()
-        until = time.monotonic() + _LEAVE_SECONDS
-        for process in nodes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
-        super().close()
+        try:
+            for process in nodes:
+                process.terminate()
+            until = time.monotonic() + _LEAVE_SECONDS
+            for process in nodes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+        finally:
+            super().close()
 
     def start_superlink(self) -> None:
         """Start the SuperLink on its ports and its database, and wait until it answers.
