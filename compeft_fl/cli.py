@@ -1,7 +1,8 @@
 """The command ``compeft-fl``: federations from one line, and adapter folders as small files.
 
 This module reads arguments; `compeft_fl.app.command` and
-`compeft_fl.app.deploy_command` run federations, and `compeft_fl.adapter_commands` does the rest.
+`compeft_fl.app.deploy_command` run federations, `compeft_fl.bench.command` measures, and
+`compeft_fl.adapter_commands` does the rest.
 What cannot be done is one line on stderr and exit code 2.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Final, NoReturn
 import compeft_fl
 from compeft_fl import adapter_commands, codecs
 from compeft_fl.app import command, deploy_command
+from compeft_fl.bench import command as bench_command
 from compeft_fl.errors import CompeftError
 from compeft_fl.merging import TIE_RULES
 
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
     deploy_command.add_parsers(commands)
+    bench_command.add_parser(commands)
     _add_compress(commands)
     _add_decompress(commands)
     _add_inspect(commands)

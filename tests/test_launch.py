@@ -158,6 +158,20 @@ def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
     assert not list(tmp_path.glob("*/summary.json"))
 
 
+@pytest.mark.ray
+def test_a_run_whose_superlink_dies_says_so_and_leaves_nothing(scenario, tmp_path):
+    run = Watched(str(scenario), folder=tmp_path)
+    run.wait_for(launch.SUPERLINK_LOG_FILE, "StreamLogs")
+    (superlink,) = [
+        process for process in run.family.values() if "--simulation" in process.cmdline()
+    ]
+    superlink.kill()
+    code, _, err = run.end()
+    assert code == 1
+    assert "error: the SuperLink ended, exit code -9" in err
+    assert run.left() == []
+
+
 def test_wrong_arguments_stop_before_anything_starts(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
@@ -212,6 +226,13 @@ def test_a_superlink_that_ends_at_once_is_an_error(tmp_path, monkeypatch):
         launch.FlowerSession(tmp_path / "log"),
     ):
         pass
+
+
+def test_the_last_line_of_a_log_is_plain(tmp_path):
+    log = tmp_path / "log"
+    assert launch.last_line(log) == ""
+    log.write_text("first\n\x1b[92mINFO \x1b[0m:  last\n\n", encoding="utf-8")
+    assert launch.last_line(log) == "INFO :  last"
 
 
 def test_ray_has_room_for_its_sockets(monkeypatch):

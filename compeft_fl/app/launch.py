@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -44,7 +45,10 @@ _COMMAND_SECONDS: Final = 120.0
 _LOOK_SECONDS: Final = 0.2
 _ASK_SECONDS: Final = 60.0
 _LAST_LINES_SECONDS: Final = 5.0
+_UNANSWERED: Final = 3  # times in a row that a SuperLink may know nothing of its run
 _LONGEST_TEMPORARY: Final = 40  # Ray's sockets lie below, and a socket's path has 107 bytes
+
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
 
 _QUIET: Final = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -100,6 +104,7 @@ class FlowerSession:
         self.log = log
         self.home = Path(tempfile.mkdtemp(prefix="cfl-", dir=_temporary_folder()))
         self.family = ProcessFamily(_environment(self.home, environment or {}), self.home)
+        self.superlink: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -170,7 +175,7 @@ class FlowerSession:
             (self.home / "config.toml").write_text(config, encoding="utf-8")
             command = ["flower-superlink", "--insecure", "--simulation"]
             try:
-                process = self.family.start(
+                self.superlink = process = self.family.start(
                     [*command, "--host", "127.0.0.1", "--port", str(port)], self.log
                 )
             except FileNotFoundError:
@@ -220,8 +225,10 @@ def simulate(
     if status == "finished:completed" and events.ended:
         shutil.rmtree(state, ignore_errors=True)  # what the nodes remember: nobody goes on from it
         return Outcome(True)
-    reason = events.error or details or last_line(folder / LOG_FILE)
-    return Outcome(False, " ".join(reason.split()) or f"Flower says {status}")
+    reason = events.error or details
+    if not reason or reason == "N/A":
+        reason = f"Flower says {status}; the log ends: {last_line(folder / LOG_FILE)}"
+    return Outcome(False, " ".join(reason.split()))
 
 
 def write_app(folder: Path, config: AppConfig) -> None:
@@ -245,12 +252,13 @@ def write_app(folder: Path, config: AppConfig) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log with something on it."""
+    """Return the last line of a log with something on it, without colours."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    plain = (_COLOUR.sub("", line).strip() for line in reversed(lines))
+    return next((line for line in plain if line), "")
 
 
 class _Events:
@@ -288,16 +296,19 @@ def _follow(session: FlowerSession, run_id: str, events: _Events) -> tuple[str, 
     Asking Flower takes a second of a core, so it is asked when the simulation's process is gone,
     and now and then.
     """
-    seen, asked = False, time.monotonic()
+    seen, asked, unanswered = False, time.monotonic(), 0
     while True:
         events.read()
+        if session.superlink is not None and session.superlink.poll() is not None:
+            return "finished:failed", f"the SuperLink ended, exit code {session.superlink.poll()}"
         alive = session.family.running(_SIMULATION_PROGRAM)
         gone = seen and not alive
         seen = seen or alive
         if gone or time.monotonic() - asked > _ASK_SECONDS:
             asked = time.monotonic()
             status, details = session.status(run_id)
-            if status.startswith("finished") or status == "unknown":
+            unanswered = unanswered + 1 if status == "unknown" else 0
+            if status.startswith("finished") or unanswered == _UNANSWERED:
                 return status, details
         time.sleep(_LOOK_SECONDS)
 

@@ -1,0 +1,1 @@
+"""The benchmarks behind ``compeft-fl bench``: what a point of accuracy costs in bytes."""

@@ -1,0 +1,58 @@
+"""``compeft-fl bench``: reads its arguments here, and imports a benchmark when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["BENCHES", "add_parser", "run"]
+
+BENCHES: Final = {
+    "codecs": "bytes, speed and memory of every codec, over real and synthetic adapters",
+    "bandwidth": "seconds a round against the speed of the link",
+    "learning": "accuracy against bytes, every codec and strategy on one federation",
+    "merge": "merging against PEFT and mergekit: time, memory, equality",
+}
+
+_DESCRIPTION = """\
+Measure what updates cost. Each benchmark writes BENCH.csv, BENCH.md and its plots to --out, says
+what time it will take, and shows progress.
+"""
+_EPILOG = """\
+examples:
+  compeft-fl bench codecs --quick
+  compeft-fl bench learning --out results
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``bench`` to the command line's subparsers."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure bytes, seconds and accuracy",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benches = parser.add_subparsers(title="benchmarks", metavar="BENCH", required=True)
+    for name, text in BENCHES.items():
+        bench = benches.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        bench.add_argument(
+            "--out", type=Path, metavar="DIR", default=Path("runs") / "bench",
+            help="folder for results (runs/bench)",
+        )  # fmt: skip
+        bench.add_argument("--quick", action="store_true", help="a small set, in minutes")
+        bench.set_defaults(handler=run, bench=name)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark that the parsed arguments name, and return the exit code.
+
+    Each is a module of this package with a function ``run(options)``.
+    """
+    module = importlib.import_module(f"compeft_fl.bench.{options.bench}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    code: int = module.run(options)
+    return code
