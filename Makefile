@@ -13,12 +13,17 @@ PROTOC := build/grpcio-tools-$(GRPCIO_TOOLS)
 PROTO := compeft_fl/wire/v1/update.proto
 GENERATED := compeft_fl/wire/v1/update_pb2.py compeft_fl/wire/v1/update_pb2.pyi
 
+# What benchmarks compare with and no environment should hold (compeft_fl/bench/packages.py says why).
+PEERS := build/peers
+BITSANDBYTES := 0.50.2
+MERGEKIT := 0.1.5
+
 # pip's -qq leaves errors only.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy test check lint types proto proto-check bench fuzz faults clean
+.PHONY: help install run deploy test check lint types proto proto-check bench peers fuzz faults clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -85,6 +90,14 @@ fuzz: $(INSTALLED) ## 10^5 inputs and more to all that reads bytes from elsewher
 
 bench: $(INSTALLED) ## compression, codecs and merging against their baselines
 	@$(BIN)/python simulations/bench_core.py $(ARGS)
+
+peers: $(PEERS)/.installed ## get bitsandbytes and mergekit, for benchmarks alone, into build/peers
+
+$(PEERS)/.installed: Makefile | $(INSTALLED)
+	@$(PIP) --no-deps --upgrade --target $(PEERS) \
+	  bitsandbytes==$(BITSANDBYTES) mergekit==$(MERGEKIT) || \
+	  $(call fail,pip could not install bitsandbytes and mergekit: see above)
+	@touch $@
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

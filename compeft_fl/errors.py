@@ -10,6 +10,7 @@
     ├── ConfigError             a key or a value of the ready-made app
     ├── StateError              a node's or a server's state on disk that cannot be used
     ├── ResyncError             a node lacks what a message builds on
+    ├── MissingPackageError     an optional package that is not installed
     └── WireError               bytes that a decoder rejects (also a ValueError)
         ├── ChecksumError           the CRC-32 is missing or differs
         ├── MalformedError          not a protobuf Update, or a field that cannot be
@@ -56,6 +57,7 @@ __all__ = [
     "MalformedError",
     "MaskOverlapError",
     "MissingBodyError",
+    "MissingPackageError",
     "NonFiniteBodyError",
     "NonFiniteError",
     "PaddingError",
@@ -104,6 +106,10 @@ class StateError(CompeftError):
 
 class ResyncError(CompeftError):
     """A node lacks what a message builds on, and has to be sent it."""
+
+
+class MissingPackageError(CompeftError):
+    """An optional package that is not installed; the message says how to get it."""
 
 
 class WireError(CompeftError, ValueError):
