@@ -68,7 +68,8 @@ def gamma_bits(value: int) -> int:
 def put_gamma(stream: Any, at: int, value: int) -> int:
     """Elias gamma: as many zeros as binary digits follow the first one, then the digits."""
     width = (gamma_bits(value) + 1) >> 1
-    return put_bits(stream, at + width - 1, value, width)
+    at = put_bits(stream, at + width - 1, value, width)
+    return at
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -30,8 +30,8 @@ class Int8Blockwise(PeerCodec):
         scales = np.abs(blocks).max(axis=1) / np.float32(127)
         safe = np.where(scales > 0, scales, np.float32(1))[:, None]
         levels = np.clip(np.rint(blocks / safe), -127, 127).astype(np.int8)
-        codes: bytes = levels.reshape(-1)[: values.size].tobytes()
-        return scales.astype("<f4").tobytes() + codes
+        head: bytes = scales.astype("<f4").tobytes()
+        return head + levels.reshape(-1)[: values.size].tobytes()
 
     def _decode(self, blob: bytes, layout: Layout) -> Floats:
         reader, d = Reader(blob), layout.num_parameters
