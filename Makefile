@@ -23,11 +23,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy test check lint types proto proto-check bench peers fuzz faults clean
+.PHONY: help install run deploy test check lint types proto proto-check bench bench-full bench-core \
+  bench-scale bench-robustness peers fuzz faults clean
 .NOTPARALLEL:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-23s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up .venv with all that running and testing need
 
@@ -88,7 +89,15 @@ faults: $(INSTALLED) ## kill processes of real runs, and resume them
 fuzz: $(INSTALLED) ## 10^5 inputs and more to all that reads bytes from elsewhere
 	@$(BIN)/python simulations/fuzz.py $(ARGS)
 
-bench: $(INSTALLED) ## compression, codecs and merging against their baselines
+bench: $(INSTALLED) $(PEERS)/.installed ## the quick benchmarks: codecs, merging, bandwidth, learning (ARGS="--out DIR")
+	@for bench in codecs merge bandwidth learning; do \
+	  $(BIN)/compeft-fl bench $$bench --quick $(ARGS) || exit; done
+
+bench-full: $(INSTALLED) $(PEERS)/.installed ## the same in full: about two hours on two cores (ARGS="--out DIR")
+	@for bench in codecs merge bandwidth learning; do \
+	  $(BIN)/compeft-fl bench $$bench $(ARGS) || exit; done
+
+bench-core: $(INSTALLED) ## compression and merging against their bounds
 	@$(BIN)/python simulations/bench_core.py $(ARGS)
 
 peers: $(PEERS)/.installed ## get bitsandbytes and mergekit, for benchmarks alone, into build/peers
@@ -98,6 +107,12 @@ $(PEERS)/.installed: Makefile | $(INSTALLED)
 	  bitsandbytes==$(BITSANDBYTES) mergekit==$(MERGEKIT) || \
 	  $(call fail,pip could not install bitsandbytes and mergekit: see above)
 	@touch $@
+
+bench-scale: $(INSTALLED) ## a server's memory and time from 10 to 10,000 nodes
+	@$(BIN)/python simulations/bench_scale.py $(ARGS)
+
+bench-robustness: $(INSTALLED) ## accuracy that hostile nodes take, and that the rule keeps
+	@$(BIN)/python simulations/bench_robustness.py $(ARGS)
 
 clean: ## remove caches and build folders; .venv and runs/ stay
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The library's figures, as ratios within one run: ``make bench``.
+"""The library's figures, as ratios within one run: ``make bench-core``.
 
 Times are medians over interleaved repeats (ours, theirs, ours, ...), so that a noisy machine
 disturbs both alike. Memory is the peak of the resident set in a process of its own. ``--out DIR``

@@ -121,7 +121,7 @@ def test_the_registry_refuses_what_the_format_does_not_have():
 
 
 def test_golomb_is_close_to_the_entropy():
-    """The figures of `make bench`, at a size that a test affords."""
+    """The figures of `make bench-core`, at a size that a test affords."""
     d = 1 << 20
     values = np.random.default_rng(0).standard_normal(d).astype(np.float32)
     tau = cf.TaskVector(cf.Layout([cf.TensorSpec("w", (d,))]), values)

@@ -45,6 +45,15 @@ def add_parser(commands: Any) -> None:
         )  # fmt: skip
         bench.add_argument("--quick", action="store_true", help="a small set, in minutes")
         bench.set_defaults(handler=run, bench=name)
+        if name == "learning":
+            _add_sweep(bench)
+
+
+def _add_sweep(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--settings", metavar="NAME,...", help="only these settings")
+    bench.add_argument("--seeds", metavar="N,...", help="other seeds, the same for all settings")
+    bench.add_argument("--workers", type=int, metavar="N", help="runs at a time (cores)")
+    bench.add_argument("--report", action="store_true", help="run nothing, report what there is")
 
 
 def run(options: argparse.Namespace) -> int:
