@@ -44,6 +44,14 @@ def add_parser(commands: Any) -> None:
             help="folder for results (runs/bench)",
         )  # fmt: skip
         bench.add_argument("--quick", action="store_true", help="a small set, in minutes")
+        if name == "codecs":
+            bench.add_argument(
+                "--taus", type=Path, metavar="DIR",
+                help="real task vectors, safetensors (the clone's simulations/data/taus)",
+            )  # fmt: skip
+            bench.add_argument(
+                "--only", choices=("adapters", "flowertune"), help="one part of it"
+            )  # fmt: skip
         bench.set_defaults(handler=run, bench=name)
         if name == "learning":
             _add_sweep(bench)

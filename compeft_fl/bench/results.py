@@ -9,11 +9,63 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import compeft_fl
 
-__all__ = ["machine", "show_table", "write_csv", "write_markdown"]
+__all__ = ["Progress", "machine", "say", "show_table", "write_csv", "write_markdown"]
+
+
+def say(text: str) -> None:
+    """One line on stderr: what will be done, and what is left out."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar with the time that is left, on stderr; where that is no terminal, a line per step.
+
+    Parameters
+    ----------
+    title : str
+    total : float
+        Of all steps.
+    """
+
+    def __init__(self, title: str, total: float) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (*Bar.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self._title, self._lines = title, not console.is_terminal
+        self._task = self._bar.add_task(title, total=total)
+        self._pending = 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.advance(self._pending)
+        self._bar.stop()
+
+    def step(self, text: str, weight: float) -> None:
+        """The next step begins, and the one before is done."""
+        self.advance(self._pending)
+        self._pending = weight
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=f"{self._title}: {text}")
+        if self._lines:
+            say(f"{self._title}: {text}")
+
+    def advance(self, weight: float) -> None:
+        """So much of the total is done."""
+        self._bar.advance(self._task, weight)
 
 
 def machine() -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from compeft_fl import codecs
-from compeft_fl.bench.peers.base import Floats, PeerCodec
+from compeft_fl.bench.peers.base import Floats, PeerCodec, Reader
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import compress
 from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.wire.messages import decode, encode
+from compeft_fl.wire.messages import MAX_BODY_BYTES, decode, decode_parts, encode, encode_parts
 
 __all__ = ["DensePeer", "TernaryPeer", "registered"]
 
@@ -57,10 +59,32 @@ class DensePeer(PeerCodec):
         self.codec = codec
 
     def _encode(self, values: Floats, layout: Layout, seed: int) -> bytes:
-        return encode(TaskVector(layout, values), self.codec, layout_by_id=True)
+        parts = encode_parts(TaskVector(layout, values), self.codec, layout_by_id=True)
+        return parts[0] if len(parts) == 1 else join_parts(parts)
 
     def _decode(self, blob: bytes, layout: Layout) -> Floats:
-        return np.asarray(decode(blob, layout=layout).to_task_vector().values)
+        bound = codecs.get(self.codec).max_body_bytes(layout.num_parameters)
+        parts = [blob] if bound <= MAX_BODY_BYTES else split_parts(blob)
+        return np.asarray(decode_parts(parts, layout=layout).to_task_vector().values)
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Messages, each after its length as 8 little-endian bytes."""
+    return b"".join(piece for part in parts for piece in (len(part).to_bytes(8, "little"), part))
+
+
+def split_parts(blob: bytes) -> list[bytes]:
+    """The messages of `join_parts`.
+
+    Raises
+    ------
+    StreamLengthError
+        A length past the end.
+    """
+    reader, parts = Reader(blob), []
+    while reader.left:
+        parts.append(reader.array(np.uint8, int(reader.array("<u8", 1)[0])).tobytes())
+    return parts
 
 
 def registered() -> list[PeerCodec]:
