@@ -54,9 +54,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> None:
     ]
     panels = [panel for panel in panels if panel[0]]
     figure = Figure(figsize=(7.2 * len(panels), 6.2), layout="constrained")
-    for axes, (points, label, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (points, label, title) in zip(grid, panels, strict=True):
         _draw(axes, points)
         axes.set(xlabel="bits per parameter", ylabel=label, title=title)
     handles = [
@@ -64,6 +63,9 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], headline: str) -> None:
         for _, colour, marker, text in _GROUPS
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.draw_without_rendering()  # places the axes, and the labels between them
+    for axes, panel in zip(grid, panels, strict=True):
+        _label(axes, panel[0])
     figure.savefig(path, dpi=120)
 
 
@@ -81,14 +83,13 @@ def _draw(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     for codec, bits, value in points:
         colour, marker = _style(codec)
         axes.plot(bits, value, marker, color=colour, markersize=7)
-    axes.margins(x=0.16, y=0.1)
+    axes.margins(x=0.18, y=0.1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda bits, _: f"{bits:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
-    _label(axes, points)
 
 
 def _style(codec: str) -> tuple[str, str]:
@@ -108,9 +109,7 @@ _PLACES: Final = tuple(
 
 def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """A name beside each point, where it covers neither a point nor another name."""
-    figure = axes.figure
-    figure.canvas.draw()
-    scale = figure.dpi / 72
+    scale = axes.figure.dpi / 72
     centres = [axes.transData.transform((bits, value)) for _, bits, value in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in centres]
     for (codec, bits, value), (x, y) in sorted(
@@ -124,7 +123,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
             if not any(_meet(box, other) for other in taken):
                 break
         taken.append(box)
-        axes.annotate(
+        note = axes.annotate(
             codec,
             (bits, value),
             xytext=(dx, dy),
@@ -135,6 +134,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
             color=_style(codec)[0],
             arrowprops={"arrowstyle": "-", "alpha": 0.3, "lw": 0.6} if abs(dy) > 8 else None,
         )
+        note.set_in_layout(False)
 
 
 def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +58,6 @@ def peak_memory(function: Callable[[], T]) -> tuple[T, int | None]:
 
     The kernel's high-water mark is set back before the call (proc(5), clear_refs).
     """
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # so that memory freed before counts when it is used again
         _RESET.write_text("5")

@@ -56,18 +56,19 @@ def load(module: str) -> ModuleType:
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
+    # The folder is searched for this import alone, so that PEFT does not find bitsandbytes.
+    folder = str((checkout() or Path()) / PEERS_FOLDER)
+    sys.path.append(folder)
     try:
         return importlib.import_module(module)
     finally:
+        sys.path.remove(folder)
         log.setLevel(level)
 
 
 def _find(package: str) -> bool:
-    """Is the package installed, or in the folder of ``make peers``, which is then searched too?"""
+    """Is the package installed, or in the folder of ``make peers``?"""
     if package in sys.modules or importlib.util.find_spec(package):
         return True
     root = checkout()
-    if root is None or not (root / PEERS_FOLDER / package).is_dir():
-        return False
-    sys.path.append(str(root / PEERS_FOLDER))
-    return True
+    return root is not None and (root / PEERS_FOLDER / package).is_dir()
