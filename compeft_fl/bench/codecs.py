@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, show and write all; see `compeft_fl.bench.command`."""
     out: Path = options.out
     command = "compeft-fl bench codecs" + (" --quick" if options.quick else "")
+    command += f" --only {options.only}" if options.only else ""
     minutes = "about 2 minutes" if options.quick else "about 12 minutes"
     results.say(f"{command}: {minutes} on two cores, less with --only; results: {out}")
     if options.only != "flowertune":
