@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ _FAST: Final = ("compeft-golomb", "compeft-bitmask")  # and in memory of 8 GiB
 _QUICK: Final = ("t5-base-ia3", "t5-base-r16", HEADLINE)
 _SLOW: Final = 2_000_000  # the quick set leaves bitsandbytes out of what is larger than this
 
+_MINUTES: Final = {None: 12, "adapters": 8, "flowertune": 4}
+
 Row = dict[str, Any]
 
 
@@ -40,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     out: Path = options.out
     command = "compeft-fl bench codecs" + (" --quick" if options.quick else "")
     command += f" --only {options.only}" if options.only else ""
-    minutes = "about 2 minutes" if options.quick else "about 12 minutes"
-    results.say(f"{command}: {minutes} on two cores, less with --only; results: {out}")
+    minutes = 2 if options.quick else _MINUTES[options.only]
+    results.say(f"{command}: about {minutes} minutes on two cores; results: {out}")
     if options.only != "flowertune":
         _adapters(options, command)
     if options.only != "adapters":
@@ -113,8 +116,8 @@ def rows_of(tau: TaskVector, layout: str, kind: str, quick: bool = False) -> lis
     budget = 0.2 if quick else 0.5
     rows = []
     for codec in codecs_for(values.size, quick):
-        blob, encode, peak = measure(lambda c=codec: c.encode(values, tau.layout), budget)
-        back, decode, peak_back = measure(lambda c=codec, b=blob: c.decode(b, tau.layout), budget)
+        blob, encode, peak = measure(partial(codec.encode, values, tau.layout), budget)
+        back, decode, peak_back = measure(partial(codec.decode, blob, tau.layout), budget)
         back -= values
         bits = 8 * len(blob) / values.size
         peaks = [each for each in (peak, peak_back) if each is not None]
@@ -205,4 +208,4 @@ def _by_layout(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    return statistics.mean(row[key] for row in rows)
+    return statistics.fmean(row[key] for row in rows)

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -178,7 +179,7 @@ def rows_of(
     peaks: list[int | None] = []
     for way in ways:
         way.merge(updates)  # compiles, imports
-        result, peak = peak_memory(lambda way=way: way.merge(updates))
+        result, peak = peak_memory(partial(way.merge, updates))
         merged.append(result)
         peaks.append(peak)
     seconds: list[list[float]] = [[] for _ in ways]
