@@ -31,6 +31,8 @@
         ├── PositionError           a nonzero past the end of its block
         ├── StreamLengthError       a stream too short or too long
         ├── PaddingError            set bits after the end of a stream
+        ├── NonzeroCountError       another number of nonzeros than the body says, or than can be
+        ├── CodeEndError            an arithmetic code that does not end as a writer ends it
         ├── MaskOverlapError        a parameter that is both positive and negative
         └── NonFiniteBodyError      NaN or Inf in a dense body
 
@@ -47,6 +49,7 @@ __all__ = [
     "BlockNonzerosError",
     "BlockSizeError",
     "ChecksumError",
+    "CodeEndError",
     "CompeftError",
     "ConfigError",
     "CoverageError",
@@ -60,6 +63,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteBodyError",
     "NonFiniteError",
+    "NonzeroCountError",
     "PaddingError",
     "ParameterError",
     "PositionError",
@@ -190,6 +194,14 @@ class StreamLengthError(WireError):
 
 class PaddingError(WireError):
     """Set bits after the end of a stream of bits."""
+
+
+class NonzeroCountError(WireError):
+    """More nonzeros than parameters, or fewer in the code of a context body than it says."""
+
+
+class CodeEndError(WireError):
+    """The code of a context body does not end as its writer would have ended it."""
 
 
 class MaskOverlapError(WireError):

@@ -107,7 +107,7 @@ def hostile_messages() -> st.SearchStrategy[bytes]:
             sizes.append(math.prod(shape))
         if draw(st.integers(0, 3)):  # mostly what the layout says
             update.offset, update.num_parameters = 0, sum(sizes) % 2**64
-        kind = draw(st.integers(0, 2))
+        kind = draw(st.integers(0, 3))
         if kind == 0:
             body = update.golomb
             body.scales.extend(draw(scales))
@@ -121,6 +121,10 @@ def hostile_messages() -> st.SearchStrategy[bytes]:
         elif kind == 1:
             update.bitmask.scales.extend(draw(scales))
             update.bitmask.positive, update.bitmask.negative = draw(stream), draw(stream)
+        elif kind == 2:
+            update.context.scales.extend(draw(scales))
+            update.context.num_nonzeros = draw(huge)
+            update.context.flat, update.context.code = draw(st.booleans()), draw(stream)
         else:
             update.dense.dtype = draw(st.integers(0, 5))
             update.dense.values = draw(stream)

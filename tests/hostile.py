@@ -24,10 +24,12 @@ SIGNS = [(0, 0, 1, 0, 0, 0, -1)[index % 7] if index % 100 < 80 else 0 for index 
 def bodies():
     """A valid body of each field of the format, as its protobuf message."""
     golomb, bitmask, dense = update_pb2.GolombTernary, update_pb2.BitmaskTernary, update_pb2.Dense
+    context = update_pb2.ContextTernary
     return {
         "golomb": golomb.FromString(reference_encoder.golomb_with(SIGNS, [0.5], 256)),
         "bitmask": bitmask.FromString(reference_encoder.bitmask(SIGNS, [0.5])[1]),
         "dense": dense.FromString(reference_encoder.dense([0.5 * s for s in SIGNS], "f32")[1]),
+        "context": context.FromString(reference_encoder.context(SIGNS, [0.5], TENSORS)[1]),
     }
 
 

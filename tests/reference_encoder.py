@@ -1,8 +1,9 @@
 """A second writer of the update format: plain Python, brute force, step by step as FORMAT.md.
 
-It imports nothing but the standard library. It tries every block size and every Rice parameter and
-writes the protobuf bytes by hand, so that what the package's encoder chooses and writes can be
-compared with it byte for byte. It is far too slow for real updates.
+It imports nothing but the standard library, and `reference_context`, which is its own. It tries
+every block size and every Rice parameter and writes the protobuf bytes by hand, so that what the
+package's encoder chooses and writes can be compared with it byte for byte. It is far too slow for
+real updates.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from typing import Any
+
+import reference_context
 
 Tensors = list[tuple[str, tuple[int, ...], str]]  # name, shape, "f32" | "f16" | "bf16"
 
@@ -187,6 +191,20 @@ def dense(values: list[float], dtype: str) -> tuple[int, bytes]:
     return 10, number_field(1, DTYPES[dtype]) + bytes_field(2, data)
 
 
+def context(
+    signs: list[int], scales: list[float], tensors: Tensors, offset: int = 0
+) -> tuple[int, bytes]:
+    """The ContextTernary of a vector of -1, 0 and 1 from parameter offset of a layout."""
+    flat, code = reference_context.write(signs, [shape for _, shape, _ in tensors], offset)
+    count = sum(sign != 0 for sign in signs)
+    return 11, (
+        scales_field(scales)
+        + number_field(2, count)
+        + number_field(3, int(flat))
+        + bytes_field(4, code)
+    )
+
+
 BODIES = {
     "golomb": golomb,
     "bitmask": bitmask,
@@ -194,3 +212,12 @@ BODIES = {
     "dense-fp16": lambda values, _scales: dense(values, "f16"),
     "dense-bf16": lambda values, _scales: dense(values, "bf16"),
 }
+
+
+def body_of(
+    codec: str, content: list[Any], scales: Any, tensors: Tensors, offset: int = 0
+) -> tuple[int, bytes]:
+    """A codec's body, as its field number and its bytes; only "context" asks for the layout."""
+    if codec == "context":
+        return context(content, scales, tensors, offset)
+    return BODIES[codec](content, scales)

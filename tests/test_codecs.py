@@ -14,7 +14,7 @@ from compeft_fl.wire.v1 import update_pb2
 LAYOUT = cf.Layout(
     [cf.TensorSpec("a", (30, 7)), cf.TensorSpec("b", (0,)), cf.TensorSpec("c", (501,))]
 )
-TERNARY = ["golomb", "bitmask"]
+TERNARY = ["golomb", "bitmask", "context"]
 
 
 def task_vector(seed=0):

@@ -35,7 +35,7 @@ from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense", "context"])
 def test_what_the_tests_break_is_valid(body):
     expected = np.array([0.5 * sign for sign in SIGNS], np.float32)
     for options in ({}, {"layout": LAYOUT}, {"device": "cpu"}):
@@ -169,7 +169,7 @@ def test_a_layout_twice_is_one_of_both_or_rejected():
         assert accepted_or_rejected(blob) in (None, SIGNS)
 
 
-@pytest.mark.parametrize("field", [1, 2, 3, 4, 5, 6, 8, 9, 10])
+@pytest.mark.parametrize("field", [1, 2, 3, 4, 5, 6, 8, 9, 10, 11])
 @pytest.mark.parametrize("wire", [0, 1, 2, 5])
 def test_a_field_of_another_wire_type(field, wire):
     """Skipped as unknown or rejected, but never taken for what it is not."""
@@ -342,7 +342,7 @@ def test_no_body():
 def test_a_body_of_a_later_version():
     message = valid()
     message.ClearField("golomb")
-    later = message.SerializeToString() + bytes_field(11, b"context coded")
+    later = message.SerializeToString() + bytes_field(12, b"coded otherwise")
     rejected(seal(later), errors.MissingBodyError, "body", in_header=True)
 
 
@@ -352,8 +352,10 @@ def part_of(start, stop, body="bitmask", scales=(0.5,), tensors=None, version=0)
     message.num_parameters, message.offset, message.base_version = stop - start, start, version
     if tensors is not None:
         message.layout.ParseFromString(reference_encoder.layout_bytes(tensors))
-    content = [0.5 * sign for sign in SIGNS] if body == "dense" else SIGNS
-    field, data = reference_encoder.BODIES[body](content[start:stop], list(scales))
+    content = [0.5 * sign for sign in SIGNS] if body.startswith("dense") else SIGNS
+    field, data = reference_encoder.body_of(
+        body, content[start:stop], list(scales), tensors or TENSORS, start
+    )
     message.ClearField("golomb")
     return seal(message.SerializeToString() + bytes_field(field, data))
 
@@ -361,8 +363,7 @@ def part_of(start, stop, body="bitmask", scales=(0.5,), tensors=None, version=0)
 @pytest.mark.parametrize("codec", codecs.names())
 @pytest.mark.parametrize(("start", "stop"), [(0, 399), (1, 400), (0, 0), (400, 400), (100, 300)])
 def test_a_part_where_the_whole_is_due(codec, start, stop):
-    body = codec if codec in reference_encoder.BODIES else "dense"
-    blob = part_of(start, stop, body)
+    blob = part_of(start, stop, codec)
     reference_decoder.decode(blob, part=True)
     rejected(blob, errors.CoverageError)
     rejected(blob, errors.CoverageError, layout=LAYOUT)
@@ -409,7 +410,8 @@ def test_parts_that_do_not_make_a_whole(blobs, error, words):
 
 
 def test_parts_that_make_a_whole_in_any_order():
-    parts = [part_of(0, 1), part_of(1, 257, "golomb"), part_of(257, 257), part_of(257, 400)]
+    parts = [part_of(0, 1), part_of(1, 257, "golomb"), part_of(257, 257)]
+    parts += [part_of(257, 333, "context"), part_of(333, 400)]
     for order in (parts, parts[::-1]):
         assert signs_of(messages.decode_parts(order)) == SIGNS
 

@@ -24,7 +24,7 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 # --- scales -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "context"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), -1.0, -1e-45])
 def test_a_scale_that_is_none(body, scale):
     message = valid(body)
@@ -35,7 +35,7 @@ def test_a_scale_that_is_none(body, scale):
     rejected(message, errors.ScaleError, "index 1", layout=LAYOUT)
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "context"])
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, FLOAT_MAX])
 def test_a_scale_at_the_border_is_one(body, scale):
     message = valid(body)
@@ -44,7 +44,7 @@ def test_a_scale_at_the_border_is_one(body, scale):
     reference_decoder.decode(seal(message))
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "context"])
 @pytest.mark.parametrize("count", [0, 3, 100_000])
 def test_neither_one_scale_nor_one_per_tensor(body, count):
     message = valid(body)

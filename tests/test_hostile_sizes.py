@@ -34,14 +34,14 @@ def claiming(d, body, layout_size=None):
 HUGE = [10**9, 2**40, 2**62]
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense", "context"])
 @pytest.mark.parametrize("d", [2**63, 2**64 - 1])
 def test_more_parameters_than_can_be(d, body):
     rejected(claiming(d, body), errors.MalformedError, in_header=True)
     rejected(claiming(d, body, 1), errors.LayoutMismatchError, 1, d, in_header=True)
 
 
-@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense"])
+@pytest.mark.parametrize("body", ["golomb", "bitmask", "dense", "context"])
 @pytest.mark.parametrize("d", HUGE)
 def test_far_more_parameters_than_bytes(d, body):
     rejected(claiming(d, body), errors.ImplausibleSizeError, d)

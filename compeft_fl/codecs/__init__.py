@@ -1,13 +1,14 @@
 """The codecs, by name. One file each; a name stands for its bytes for ever.
 
 >>> names()
-('golomb', 'bitmask', 'dense', 'dense-fp16', 'dense-bf16')
+('golomb', 'bitmask', 'dense', 'dense-fp16', 'dense-bf16', 'context')
 """
 
 from __future__ import annotations
 
 from compeft_fl.codecs.base import Codec
 from compeft_fl.codecs.bitmask import Bitmask
+from compeft_fl.codecs.context import Context
 from compeft_fl.codecs.dense import Dense, DenseBFloat16, DenseFloat16
 from compeft_fl.codecs.golomb import Golomb
 from compeft_fl.errors import ParameterError
@@ -60,5 +61,5 @@ def reader_of(field: str) -> Codec:
     return _BY_FIELD[field]
 
 
-for _codec in (Golomb(), Bitmask(), Dense(), DenseFloat16(), DenseBFloat16()):
+for _codec in (Golomb(), Bitmask(), Dense(), DenseFloat16(), DenseBFloat16(), Context()):
     register(_codec)

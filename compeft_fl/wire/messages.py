@@ -108,8 +108,8 @@ def encode(
     ----------
     update : TernaryVector or TaskVector
     codec : str
-        A name of `compeft_fl.codecs.names`. "golomb" and "bitmask" write ternary vectors, the dense
-        ones both.
+        A name of `compeft_fl.codecs.names`. "golomb", "bitmask" and "context" write ternary
+        vectors, the dense ones both.
     layout_by_id : bool
         Name the layout by its 16-byte id, for a reader that knows it, and save its bytes.
     base_version : int
@@ -391,7 +391,7 @@ def _checked_message(blob: bytes) -> Any:
     if message.crc32:
         raise MalformedError("expected one checksum, at the end; found field 15 also before it")
     if message.WhichOneof("body") is None:
-        raise MissingBodyError("expected a body (field 8, 9 or 10), found none that is known")
+        raise MissingBodyError("expected a body (field 8, 9, 10 or 11), found none that is known")
     return message
 
 

@@ -46,6 +46,13 @@ FEW = [["w", [30_000], "f32", 0.0004]]
 UNEVEN = [["thick", [3_000], "f32", 0.6], ["thin", [9_000], "f32", 0.003]]
 STRIPES = [[f"stripe.{i}", [256], "f32", (0.9, 0.002)[i % 2]] for i in range(24)]
 MIDDLE = [["w", [128, 128], "f32", 0.01]]
+WIDE = [["conv", [5, 7, 60], "f32", 0.2], ["w", [270, 272], "bf16", 0.05]]  # indices over 255
+RANKS = [
+    ["a.lora_A.weight", [8, 200], "f32", 0.1],
+    ["a.lora_B.weight", [200, 8], "f32", 0.05],
+    ["b.lora_A.weight", [8, 200], "f32", 0.2],
+    ["b.bias", [31], "f16", 0.5],
+]
 METADATA = {"adapter_config": '{"r": 4, "peft_type": "LORA"}', "empty": "", "": "no key", "Ä": "ö"}
 
 CASES: list[dict[str, Any]] = [
@@ -87,6 +94,22 @@ CASES: list[dict[str, Any]] = [
      "parts": [[0, 333], [333, 1536]]},
     {"name": "parts-dense", "codec": ["dense", "dense-bf16", "dense-fp16"], "tensors": ODD,
      "parts": [[0, 1], [1, 134], [134, 257]]},
+    {"name": "context", "codec": "context", "tensors": LORA, "scales": [0.0123]},
+    {"name": "context-by-id", "codec": "context", "tensors": RANKS, "scales": [0.5, 0.25, 0.0, 1.0],
+     "rank_one": True, "layout_by_id": True, "base_version": 300},
+    {"name": "context-odd-layout", "codec": "context", "tensors": ODD, "scales": [2.0]},
+    {"name": "context-wide", "codec": "context", "tensors": WIDE, "scales": [0.25]},
+    {"name": "context-few", "codec": "context", "tensors": FEW, "scales": [0.25]},
+    {"name": "context-zero", "codec": "context", "tensors": [["w", [5_000], "f32", 0.0]],
+     "scales": [0.0]},
+    {"name": "context-full", "codec": "context", "tensors": [["w", [11, 101], "f32", 1.0]],
+     "scales": [0.125]},
+    {"name": "context-flat", "codec": "context", "tensors": [["w", [40, 9], "f32", 0.5]],
+     "scales": [0.125]},
+    {"name": "context-no-parameters", "codec": "context", "tensors": [["w", [0], "f32", 0.0]],
+     "scales": [0.0]},
+    {"name": "parts-context", "codec": ["context", "context", "golomb"], "tensors": LORA,
+     "scales": [2.0], "parts": [[0, 500], [500, 1152], [1152, 1536]]},
 ]  # fmt: skip
 
 
@@ -107,8 +130,19 @@ def make_input(case: dict[str, Any]) -> list[int] | list[float]:
     """The case's input, again: signs (-1, 0, 1) where it has scales, values where it has none.
 
     Only ``random.Random.random`` is used, whose numbers are the same in all versions of Python.
+    With "rank_one", sign and density are products of what a row and what a column has, and one sign
+    in eight is turned.
     """
     rng = random.Random(case["seed"])
+    if case.get("rank_one"):
+        signs = []
+        for _, shape, _, density in case["tensors"]:
+            rows, columns = ([rng.random() - 0.5 for _ in range(n)] for n in (shape[0], shape[-1]))
+            for i in range(size_of(shape)):
+                product = rows[i // shape[-1]] * columns[i % shape[-1]]
+                kept, turned = rng.random() < 16 * density * abs(product), rng.random() < 0.125
+                signs.append((-1 if (product < 0) != turned else 1) if kept else 0)
+        return signs
     if "scales" in case:
         signs = []
         for _, shape, _, density in case["tensors"]:
@@ -151,12 +185,14 @@ def reference_parts(case: dict[str, Any]) -> list[bytes]:
     codecs = case["codec"] if isinstance(case["codec"], list) else [case["codec"]]
     blobs = []
     for i, (start, stop) in enumerate(case.get("parts", [[0, len(content)]])):
-        body = reference_encoder.BODIES[codecs[i % len(codecs)]]
+        body = reference_encoder.body_of(
+            codecs[i % len(codecs)], content[start:stop], case.get("scales"), tensors, start
+        )
         blobs.append(
             reference_encoder.message(
                 tensors,
                 stop - start,
-                body(content[start:stop], case.get("scales")),
+                body,
                 layout_by_id=case.get("layout_by_id", False),
                 offset=start,
                 base_version=case.get("base_version", 0),

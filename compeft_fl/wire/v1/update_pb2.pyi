@@ -18,7 +18,7 @@ DTYPE_F16: DType
 DTYPE_BF16: DType
 
 class Update(_message.Message):
-    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "crc32")
+    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "context", "crc32")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Update(_message.Message):
     GOLOMB_FIELD_NUMBER: _ClassVar[int]
     BITMASK_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
     layout_id: bytes
@@ -45,8 +46,9 @@ class Update(_message.Message):
     golomb: GolombTernary
     bitmask: BitmaskTernary
     dense: Dense
+    context: ContextTernary
     crc32: int
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., context: _Optional[_Union[ContextTernary, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("tensors",)
@@ -99,3 +101,15 @@ class Dense(_message.Message):
     dtype: DType
     values: bytes
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., values: _Optional[bytes] = ...) -> None: ...
+
+class ContextTernary(_message.Message):
+    __slots__ = ("scales", "num_nonzeros", "flat", "code")
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    NUM_NONZEROS_FIELD_NUMBER: _ClassVar[int]
+    FLAT_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    scales: _containers.RepeatedScalarFieldContainer[float]
+    num_nonzeros: int
+    flat: bool
+    code: bytes
+    def __init__(self, scales: _Optional[_Iterable[float]] = ..., num_nonzeros: _Optional[int] = ..., flat: bool = ..., code: _Optional[bytes] = ...) -> None: ...
