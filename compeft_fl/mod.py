@@ -20,6 +20,8 @@ from typing import Any
 from flwr.app import Array, Context, Error, Message, RecordDict
 
 from compeft_fl import codecs
+from compeft_fl.codecs import auto
+from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import check_density, check_scale, compress
 from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
@@ -82,7 +84,9 @@ class CompressionMod:
         Keep what was not sent, the residual, and add it to the next task vector.
     codec : str
         A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
-        no density, no scale, no residual.
+        no density, no scale, no residual. Or "auto": for each update the one that arrives first.
+    link_mbps : float, optional
+        The speed of this node's link in Mbit/s, for codec "auto" alone.
     initial_adapter : callable, optional
         Takes the Context, gives the adapter that the federation starts from (names to arrays), as
         this node makes it by itself, from the seed. Where it is the server's, bit for bit, nothing
@@ -115,6 +119,7 @@ class CompressionMod:
         scale: str | float = "mean",
         error_feedback: bool = True,
         codec: str = "golomb",
+        link_mbps: float | None = None,
         initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
@@ -123,8 +128,9 @@ class CompressionMod:
         if not isinstance(error_feedback, bool):
             raise ParameterError(f"expected error_feedback True or False, found {error_feedback!r}")
         self.density, self.scale, self.error_feedback = density, scale, error_feedback
-        self.codec = codec
-        self._sends_dense = isinstance(codecs.get(codec), Dense)
+        auto.check(codec, link_mbps)
+        self.codec, self.link_mbps = codec, link_mbps
+        self._sends_dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self._initial_adapter = initial_adapter
         self._state_dir = state_dir
 
@@ -207,21 +213,30 @@ class CompressionMod:
         key, tau = _task_vector(received, reply)
         residual = None
         if self._sends_dense:
-            blob = encode(tau, self.codec, layout_by_id=True, base_version=version)
+            blob = self._encode(tau, version)
         elif self.error_feedback:
             fits = state.layout in {None, tau.layout}
             if not fits:
                 LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
             feedback = ErrorFeedback(self.density, self.scale, state.residual if fits else None)
             update = feedback.compress(tau)
-            blob = encode(update, self.codec, layout_by_id=True, base_version=version)
+            blob = self._encode(update, version)
             residual = feedback.residual
         else:
             update = compress(tau, self.density, self.scale)
-            blob = encode(update, self.codec, layout_by_id=True, base_version=version)
+            blob = self._encode(update, version)
         reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
         LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
         return replace(state, layout=tau.layout).after_training(version, residual)
+
+    def _encode(self, update: Update, version: int) -> bytes:
+        return encode(
+            update,
+            self.codec,
+            link_mbps=self.link_mbps,
+            layout_by_id=True,
+            base_version=version,
+        )
 
     def _initial(self, context: Context) -> TaskVector:
         if self._initial_adapter is None:

@@ -47,7 +47,10 @@ class DownlinkOptions:
     Parameters
     ----------
     codec : str
-        Of the deltas. A dense codec sends the whole adapter in each version.
+        Of the deltas. A dense codec sends the whole adapter in each version; "auto" writes each
+        delta in the codec that arrives first.
+    link_mbps : float, optional
+        The speed of a node's link in Mbit/s, for codec "auto" alone.
     density : float
         In (0, 1]: the share of parameters of a delta.
     scale : "mean", "norm" or float
@@ -67,6 +70,7 @@ class DownlinkOptions:
     density: float = 0.2
     scale: str | float = "mean"
     first_contact: str = "snapshot"
+    link_mbps: float | None = None
 
     def __post_init__(self) -> None:
         if self.first_contact not in FIRST_CONTACTS:
@@ -172,6 +176,7 @@ class Broadcaster:
                     density=options.density,
                     scale=options.scale,
                     codec=options.codec,
+                    link_mbps=options.link_mbps,
                 )
             else:
                 self._downlink.advance(base.adapter)
@@ -324,7 +329,11 @@ class Broadcaster:
         base = Base(arrays, int(state["version"]))
         options = self.options
         self._downlink = Downlink(
-            base.adapter, density=options.density, scale=options.scale, codec=options.codec
+            base.adapter,
+            density=options.density,
+            scale=options.scale,
+            codec=options.codec,
+            link_mbps=options.link_mbps,
         )
         self._downlink.restore(state)
         self._base = base

@@ -118,6 +118,18 @@ def test_without_error_feedback_nothing_is_kept():
     assert remembered() == NodeState()
 
 
+@pytest.mark.parametrize(("link", "codec"), [(0.001, "context"), (1e6, "golomb")])
+def test_auto_takes_what_arrives_first(link, codec):
+    state, sent = tiny.adapter(), {}
+    for name in ("auto", codec):
+        mod = CompressionMod(codec=name, link_mbps=link, density=0.05, error_feedback=False)
+        reply = tiny.client_app(mod)(broadcast(state), context())
+        (array,) = reply.content["arrays"].values()
+        sent[name] = array.data
+    assert sent["auto"] == sent[codec]
+    assert inspect(sent["auto"], layout=tiny.layout()).codec == codec
+
+
 @pytest.mark.parametrize("codec", codecs.names())
 def test_every_codec(codec):
     state, ctx = tiny.adapter(), context()
@@ -364,6 +376,8 @@ def test_other_mods_after_it_see_ordinary_weights():
         {"scale": -1.0},
         {"error_feedback": "yes"},
         {"codec": "zip"},
+        {"codec": "auto"},
+        {"codec": "auto", "link_mbps": 0},
     ],
 )
 def test_arguments_out_of_range_are_rejected_at_once(arguments):

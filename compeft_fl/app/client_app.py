@@ -39,6 +39,7 @@ def compression(
         scale=config.scale,
         error_feedback=config.error_feedback,
         codec=config.codec,
+        link_mbps=config.link_mbps,
         initial_adapter=_initial_adapter,
     )
     return mod(message, context, call_next)

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, Final, Self, TypeAlias, cast
 
 from compeft_fl import codecs
+from compeft_fl.codecs.auto import AUTO
 from compeft_fl.errors import ConfigError
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
@@ -190,12 +191,24 @@ class AppConfig:
         kind="rule or number",
     )
     error_feedback: bool = _key(True, "keep on the node what was not sent, and send it later")
-    codec: str = _key("golomb", "codec of the uplink", choices=codecs.names())
+    codec: str = _key(
+        "golomb",
+        "codec of the uplink; auto: whichever arrives first over a link of link-mbps",
+        choices=(*codecs.names(), AUTO),
+    )
+    link_mbps: float = _key(
+        10.0, "speed of a node's link in Mbit/s, by which codec auto chooses", above=0
+    )
 
     downlink: str = _key(
         "compressed",
         "what goes down: the change of the global adapter, compressed, or all of it",
         choices=("compressed", "dense"),
+    )
+    downlink_codec: str = _key(
+        "golomb",
+        "codec of a change on the way down, where it is compressed",
+        choices=(*(name for name in codecs.names() if not name.startswith("dense")), AUTO),
     )
     downlink_density: float = _key(
         0.2, "part of the parameters that a change on the way down keeps", above=0, high=1

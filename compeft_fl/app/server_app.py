@@ -104,7 +104,8 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     if config.strategy == "fedavg":
         return ObservedFedAvg(observer=observer, **sampling)
     downlink = strategies.DownlinkOptions(
-        codec="golomb" if config.downlink == "compressed" else "dense",
+        codec=config.downlink_codec if config.downlink == "compressed" else "dense",
+        link_mbps=config.link_mbps,
         density=config.downlink_density,
         scale=config.downlink_scale,
         first_contact="seed" if config.downlink == "compressed" else "snapshot",

@@ -132,10 +132,10 @@ def masks_of_range(update: TernaryVector, start: int, stop: int) -> tuple[Any, A
     """The masks of parameters ``start .. stop``, counted from ``start``."""
     if (start, stop) == (0, update.num_parameters):
         return update.masks
-    return _cut(update.positive, start, stop), _cut(update.negative, start, stop)
+    return cut(update.positive, start, stop), cut(update.negative, start, stop)
 
 
-def _cut(mask: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.uint64]:
+def cut(mask: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.uint64]:
     """Bits ``start .. stop`` of a mask, as words of their own."""
     first, shift, count = start >> 6, np.uint64(start & 63), stop - start
     size = (count + 63) >> 6

@@ -68,6 +68,8 @@ class Downlink:
     density, scale, codec
         Of the deltas, see `compeft_fl.compress` and `compeft_fl.encode`. A dense codec sends the
         whole adapter in each version.
+    link_mbps
+        The speed of a node's link in Mbit/s, for codec "auto" alone.
 
     Raises
     ------
@@ -92,15 +94,18 @@ class Downlink:
         density: float = 0.2,
         scale: str | float = "mean",
         codec: str = "golomb",
+        link_mbps: float | None = None,
     ) -> None:
         from compeft_fl import codecs
+        from compeft_fl.codecs import auto
         from compeft_fl.codecs.dense import Dense
 
         check_density(density)
         check_scale(scale)
         adapter.check_finite()
-        self.density, self.scale, self.codec = density, scale, codec
-        self._dense = isinstance(codecs.get(codec), Dense)
+        auto.check(codec, link_mbps)
+        self.density, self.scale, self.codec, self.link_mbps = density, scale, codec, link_mbps
+        self._dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.layout = adapter.layout
         self.version = 0
         self.shared: NDArray[np.float32] = _host(adapter).copy()
@@ -139,7 +144,13 @@ class Downlink:
             delta = compress(difference, self.density, self.scale)
             if not delta.num_nonzeros or not delta.scales[0]:
                 return
-            blob = encode(delta, self.codec, layout_by_id=True, base_version=self.version)
+            blob = encode(
+                delta,
+                self.codec,
+                link_mbps=self.link_mbps,
+                layout_by_id=True,
+                base_version=self.version,
+            )
             self.shared = self.shared.copy()  # the old one may be in use
             _add(self.shared, delta)
             self._log[self.version + 1] = blob

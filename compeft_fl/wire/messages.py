@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from compeft_fl import codecs
+from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Part, Update, whole
 from compeft_fl.errors import (
     ChecksumError,
@@ -98,6 +99,7 @@ def encode(
     update: Update,
     codec: str = "golomb",
     *,
+    link_mbps: float | None = None,
     layout_by_id: bool = False,
     base_version: int = 0,
     metadata: Mapping[str, str] | None = None,
@@ -109,7 +111,10 @@ def encode(
     update : TernaryVector or TaskVector
     codec : str
         A name of `compeft_fl.codecs.names`. "golomb", "bitmask" and "context" write ternary
-        vectors, the dense ones both.
+        vectors, the dense ones both. Or "auto": the one that writes these values and arrives first
+        over the link, see `compeft_fl.codecs.auto`.
+    link_mbps : float, optional
+        The speed of the link in Mbit/s, for "auto" alone.
     layout_by_id : bool
         Name the layout by its 16-byte id, for a reader that knows it, and save its bytes.
     base_version : int
@@ -119,8 +124,8 @@ def encode(
     Raises
     ------
     ParameterError
-        An unknown codec, an update that it does not write, or a version or metadata that the format
-        cannot hold.
+        An unknown codec, "auto" without a link's speed, an update that the codec does not write, or
+        a version or metadata that the format cannot hold.
     UpdateSizeError
         The body could pass 512 MiB: use `encode_parts`.
 
@@ -133,6 +138,7 @@ def encode(
     >>> decode(blob).to_task_vector().values[-2:]
     array([8.3666, 8.3666], dtype=float32)
     """
+    codec = auto.choose(update, codec, link_mbps)
     bound = codecs.get(codec).max_body_bytes(update.num_parameters)
     if bound > MAX_BODY_BYTES:
         raise UpdateSizeError(
@@ -147,6 +153,7 @@ def encode_parts(
     update: Update,
     codec: str = "golomb",
     *,
+    link_mbps: float | None = None,
     layout_by_id: bool = False,
     base_version: int = 0,
     metadata: Mapping[str, str] | None = None,
@@ -161,6 +168,7 @@ def encode_parts(
     max_body_bytes : int
         The largest body of one part. The others as `encode`; the metadata goes with the first part.
     """
+    codec = auto.choose(update, codec, link_mbps)
     writer, d = codecs.get(codec), update.num_parameters
     if writer.max_body_bytes(1) > max_body_bytes:
         raise ParameterError(
