@@ -12,6 +12,7 @@ server needs a strategy that reads Updates: one of `compeft_fl.strategies`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,8 +164,10 @@ class CompressionMod:
         """A message of a server that knows what this node has."""
         trains = _trains(msg)
         state, kept = memory.state, _version(memory.state)
+        decoding, building = _Watch(), _Watch()
         try:
-            replica = follow(state, offer, shipment, lambda: self._initial(context))
+            with decoding:
+                replica = follow(state, offer, shipment, lambda: self._initial(context, building))
             if trains:
                 state = _settled(state, offer)
         except ResyncError as error:
@@ -182,11 +185,15 @@ class CompressionMod:
         if reply.has_error():
             memory.save(memory.state.following(replica))
             return reply
+        encoding = _Watch()
         if trains and array_records(reply.content):
-            state = self._compress_outgoing(received, reply, state, offer.version)
+            with encoding:
+                state = self._compress_outgoing(received, reply, state, offer.version)
         if memory.save(state):
             kept = replica.version
-        answer = answer_record(Answer(memory.name, kept))
+        # Building an adapter from the seed is no decoding.
+        seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
+        answer = answer_record(Answer(memory.name, kept, seconds=seconds))
         reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
         return reply
 
@@ -238,10 +245,23 @@ class CompressionMod:
             base_version=version,
         )
 
-    def _initial(self, context: Context) -> TaskVector:
+    def _initial(self, context: Context, watch: _Watch) -> TaskVector:
         if self._initial_adapter is None:
             raise ResyncError("this node has no adapter of this federation")
-        return TaskVector.from_dict(dict(self._initial_adapter(context)))
+        with watch:
+            return TaskVector.from_dict(dict(self._initial_adapter(context)))
+
+
+class _Watch:
+    """A stopwatch around a block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 def _trains(msg: Message) -> bool:

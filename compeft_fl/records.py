@@ -10,6 +10,8 @@ Flower converts through numpy, which has no bfloat16: an adapter in bfloat16 tra
 from __future__ import annotations
 
 import logging
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -48,6 +50,11 @@ EXCHANGE_KEY = "compeft_fl.exchange"  # the ConfigRecord of offers and answers
 
 _UPDATE_KEY = "update"
 MAX_NAME = 128  # characters of a node's name
+
+# A node's seconds: two half-precision floats, in 13 bytes with their key and protobuf's tags.
+_SECONDS_KEY = "t"
+_SECONDS = struct.Struct("<2e")
+_LONGEST_SECONDS = 65504.0
 
 _NUMPY_STYPE = "numpy.ndarray"
 _NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.float32}
@@ -159,8 +166,14 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
 
 
 def answer_record(answer: Answer) -> ConfigRecord:
-    """What a node says."""
-    return ConfigRecord(asdict(answer))
+    """What a node says; what is empty is left out."""
+    record = ConfigRecord({"name": answer.name, "version": answer.version})
+    if answer.resync:
+        record["resync"] = answer.resync
+    if answer.seconds is not None:
+        times = (min(seconds, _LONGEST_SECONDS) for seconds in answer.seconds)
+        record[_SECONDS_KEY] = _SECONDS.pack(*times)
+    return record
 
 
 def find_answer(content: RecordDict) -> Answer | None:
@@ -176,15 +189,24 @@ def find_answer(content: RecordDict) -> Answer | None:
         return None
     try:
         told: dict[str, Any] = dict(record)
-        answer = Answer(**told)
+        times = told.pop(_SECONDS_KEY, None)
+        answer = Answer(**told, seconds=None if times is None else _unpacked(times))
         _check_types(answer, name=str, version=int, resync=str)
-    except TypeError as error:
+    except (TypeError, struct.error) as error:
         raise MalformedError(
             f"expected an answer in {EXCHANGE_KEY}, found another: {error}"
         ) from None
     if len(answer.name) > MAX_NAME:
         raise MalformedError(f"expected a name of at most {MAX_NAME} characters")
     return answer
+
+
+def _unpacked(times: Any) -> tuple[float, float]:
+    """A node's seconds."""
+    decoding, encoding = _SECONDS.unpack(times)
+    if not (math.isfinite(decoding + encoding) and min(decoding, encoding) >= 0):
+        raise TypeError(f"{_SECONDS_KEY} holds {decoding} and {encoding}")
+    return decoding, encoding
 
 
 def _check_types(message: Any, **types: type) -> None:

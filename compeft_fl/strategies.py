@@ -21,6 +21,8 @@ from strategies import (
     RoundCounts,
     RoundObserver,
     StreamingGrid,
+    TransferObserver,
+    Transfers,
 )
 
 __all__ = [
@@ -38,4 +40,6 @@ __all__ = [
     "RoundCounts",
     "RoundObserver",
     "StreamingGrid",
+    "TransferObserver",
+    "Transfers",
 ]

@@ -7,11 +7,12 @@ from strategies.broadcast import DownlinkOptions
 from strategies.checkpoint import Checkpoint, CheckpointFolder
 from strategies.compeft_strategy import ComPEFTStrategy
 from strategies.compressed import Compressed
-from strategies.observer import RoundCount, RoundCounts, RoundObserver
+from strategies.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
 from strategies.rounds import Checkpointing
 from strategies.streaming_grid import ReplyStream, StreamingGrid
 from strategies.task_arithmetic import ComPEFTTaskArithmetic
 from strategies.ties import ComPEFTTies
+from strategies.transfers import Transfers
 
 __all__ = [
     "Checkpoint",
@@ -28,4 +29,6 @@ __all__ = [
     "RoundCounts",
     "RoundObserver",
     "StreamingGrid",
+    "TransferObserver",
+    "Transfers",
 ]

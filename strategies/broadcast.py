@@ -8,7 +8,8 @@ itself.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode
 from strategies.observer import RoundObserver
+from strategies.transfers import Transfers
 
 __all__ = ["Base", "Broadcaster", "DownlinkOptions", "conform"]
 
@@ -147,6 +149,7 @@ class Broadcaster:
 
     def __init__(self, observer: RoundObserver, options: DownlinkOptions | None = None) -> None:
         self._observer = observer
+        self.transfers = Transfers(observer)
         self.options = options or DownlinkOptions()
         self.federation = secrets.token_hex(8)
         self._downlink: Downlink | None = None
@@ -169,6 +172,7 @@ class Broadcaster:
         """
         if self._base is None or self._base.arrays is not arrays:
             base = Base(arrays, 0)
+            started = time.perf_counter()
             if self._downlink is None:
                 options = self.options
                 self._downlink = Downlink(
@@ -180,6 +184,7 @@ class Broadcaster:
                 )
             else:
                 self._downlink.advance(base.adapter)
+            self.transfers.encoded(time.perf_counter() - started)
             base.version = self._downlink.version
             self._base = base
         return self._base
@@ -208,13 +213,17 @@ class Broadcaster:
         self._resyncs.clear()
         self._shipments.clear()
         self._sent.clear()
+        self.transfers.begin()
+        size = base.layout.num_parameters
         addressed: dict[int, Base] = {}
         sent: dict[tuple[int, int, int], tuple[RecordDict, RecordDict]] = {}
         own_bases: dict[int, tuple[Base, ArrayRecord, int]] = {}
         groups: dict[int, tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
         for message in messages:
             records = array_records(message.content)
+            node_id = message.metadata.dst_node_id
             if not records:
+                self.transfers.outgoing(server_round, kind, node_id, 0, 0)
                 continue
             if len(records) > 1:
                 raise ParameterError(
@@ -222,14 +231,15 @@ class Broadcaster:
                     f"{', '.join(records)}"
                 )
             ((self._key, arrays),) = records.items()
-            node_id = message.metadata.dst_node_id
             if arrays is not base.arrays and arrays != base.arrays:
                 own = own_bases.setdefault(id(arrays), _own(arrays, base.version))
                 message.content = RecordDict({**message.content, self._key: own[1]})
                 addressed[node_id] = own[0]
                 self._observer.on_broadcast(server_round, kind, [node_id], own[2])
+                self.transfers.outgoing(server_round, kind, node_id, size, own[2])
                 continue
             shipment, taken = self._for(node_id)
+            self.transfers.outgoing(server_round, kind, node_id, size, shipment.num_bytes)
             content = message.content
             same = (id(content), id(shipment), taken)
             if same not in sent:
@@ -248,6 +258,11 @@ class Broadcaster:
         for num_bytes, nodes in groups.values():
             self._observer.on_broadcast(server_round, kind, nodes, num_bytes)
         return addressed
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the adapter; 0 before there is one."""
+        return self._downlink.layout.num_parameters if self._downlink else 0
 
     def heard(self, node_id: int, answer: Answer) -> None:
         """Note what a node says of itself."""
@@ -280,10 +295,12 @@ class Broadcaster:
             return None
         content, was_unknown = self._sent[node_id]
         if attempts == 1 and was_unknown and answer.version != NOTHING:
-            shipment = self._downlink.lacking(answer.version)  # it has only been given no name
+            shipment = self._lacking(answer.version)  # it has only been given no name
         else:
-            shipment = self._downlink.snapshot()
+            shipment = self._snapshot()
         self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
+        size = self.num_parameters
+        self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
         content = self._content(content, shipment, self._nodes[answer.name].taken)
         return Message(content, node_id, **self._envelope)
 
@@ -294,10 +311,26 @@ class Broadcaster:
         name = self._names.get(node_id)
         if name is None:
             start = 0 if self.options.first_contact == "seed" else None
-            return self._shared(self._downlink.lacking(start)), UNKNOWN
+            return self._shared(self._lacking(start)), UNKNOWN
         known = self._nodes[name]
         version = None if known.version == NOTHING else known.version
-        return self._shared(self._downlink.lacking(version)), known.taken
+        return self._shared(self._lacking(version)), known.taken
+
+    def _lacking(self, version: int | None) -> Shipment:
+        """See `Downlink.lacking`; timed."""
+        return self._timed(lambda downlink: downlink.lacking(version))
+
+    def _snapshot(self) -> Shipment:
+        """See `Downlink.snapshot`; timed."""
+        return self._timed(lambda downlink: downlink.snapshot())
+
+    def _timed(self, make: Callable[[Downlink], Shipment]) -> Shipment:
+        if self._downlink is None:
+            raise ParameterError("expected `base` before `address`")
+        started = time.perf_counter()
+        shipment = make(self._downlink)
+        self.transfers.encoded(time.perf_counter() - started)
+        return shipment
 
     def _shared(self, shipment: Shipment) -> Shipment:
         """The same object for equal shipments, so that messages share their content."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flwr.app import MetricRecord
 
-__all__ = ["RoundCount", "RoundCounts", "RoundObserver"]
+from compeft_fl.ledger import Transfer
+
+__all__ = ["RoundCount", "RoundCounts", "RoundObserver", "TransferObserver"]
 
 
 class RoundObserver(Protocol):
@@ -51,6 +53,18 @@ class RoundObserver(Protocol):
             The client's metrics; None where the reply was set aside.
         reason : str or None
             Why it was set aside; None where it was taken.
+        """
+
+
+@runtime_checkable
+class TransferObserver(Protocol):
+    """What an observer may have besides `RoundObserver`'s methods."""
+
+    def on_transfer(self, transfer: Transfer) -> None:
+        """A message has gone out, or a reply has come in and been read, whatever it is worth.
+
+        Measuring what Flower serialises costs a hash of each reply's bytes, so it is done only for
+        observers with this method.
         """
 
 

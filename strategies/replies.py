@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import reprlib
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from flwr.app import Message, MetricRecord, RecordDict
 
 from compeft_fl.errors import CompeftError, MalformedError, ParameterError, ResyncError
+from compeft_fl.exchange.protocol import Answer
 from compeft_fl.records import LOGGER, array_records, find_answer, find_update, metric_records
 from strategies.broadcast import Broadcaster
 from strategies.observer import RoundObserver
@@ -88,6 +90,8 @@ class Intake:
             del message  # before the next one is pulled
         if stream:
             for node_id, reason in stream.unreadable:
+                transfers = self._broadcaster.transfers
+                transfers.incoming(self.server_round, self.kind, node_id, None, 0, 0)
                 self.set_aside(node_id, 0, reason)
             for node_id in stream.missing:  # which the stream has logged
                 self._missing += 1
@@ -138,12 +142,23 @@ class Intake:
         read: Callable[[Reply], T],
         add: Callable[[Reply, T], None],
     ) -> None:
+        answer, seconds = None, None
         try:
-            self._check(reply.message)
-            reply = reply._replace(num_bytes=num_array_bytes(reply.message.content))
-            if self._asks_for_more(reply, stream):
+            try:
+                self._check(reply.message)
+                reply = reply._replace(num_bytes=num_array_bytes(reply.message.content))
+                answer = find_answer(reply.message.content)
+                if answer is not None:
+                    self._broadcaster.heard(reply.node_id, answer)
+                if answer is None or not answer.resync:
+                    started = time.perf_counter()
+                    value = read(reply)
+                    seconds = time.perf_counter() - started
+            finally:
+                self._tell(reply, answer, seconds)
+            if answer is not None and answer.resync:
+                self._resync(reply, answer, stream)
                 return
-            value = read(reply)
         except CompeftError as error:
             self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
             return
@@ -169,24 +184,31 @@ class Intake:
         if not message.has_content():
             raise MalformedError("expected a reply with content, found none")
 
-    def _asks_for_more(self, reply: Reply, stream: ReplyStream | None) -> bool:
-        """Note what the node says of itself; where it cannot follow, send it what it lacks."""
-        answer = find_answer(reply.message.content)
-        if answer is None:
-            return False
-        self._broadcaster.heard(reply.node_id, answer)
-        if not answer.resync:
-            return False
+    def _tell(self, reply: Reply, answer: Answer | None, seconds: float | None) -> None:
+        """Tell the observer that a reply has crossed the wire."""
+        self._broadcaster.transfers.incoming(
+            self.server_round,
+            "resync" if answer is not None and answer.resync else self.kind,
+            reply.node_id,
+            reply.message,
+            self._broadcaster.num_parameters,
+            reply.num_bytes,
+            seconds,
+            answer.seconds if answer is not None else None,
+        )
+
+    def _resync(self, reply: Reply, answer: Answer, stream: ReplyStream | None) -> None:
+        """Send a node that cannot follow what it lacks."""
         more = self._broadcaster.resync(reply.node_id, answer, self.server_round)
         if more is None or stream is None or not stream.push(more):
             raise ResyncError(f"the node cannot follow: {answer.resync}")
+        self._broadcaster.transfers.pushed([more])
         LOGGER.info(
             "round %d: node %d is sent what it lacks: %s",
             self.server_round,
             reply.node_id,
             _one_line(answer.resync),
         )
-        return True
 
 
 def num_array_bytes(content: RecordDict) -> int:

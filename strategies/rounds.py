@@ -107,8 +107,8 @@ def run_rounds(
     if begun is not None:
         LOGGER.info("Going on after round %d, from %s", begun.server_round, begun.path)
         _finish_round(
-            strategy, grid, result, begun.server_round, arrays, evaluate_config, timeout,
-            evaluate_fn,
+            strategy, broadcaster, grid, result, begun.server_round, arrays, evaluate_config,
+            timeout, evaluate_fn,
         )  # fmt: skip
     elif evaluate_fn:
         _note(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays), "initial evaluation")
@@ -116,9 +116,10 @@ def run_rounds(
     for server_round in range(first_round, num_rounds + 1):
         LOGGER.info("")
         LOGGER.info("[ROUND %s/%s]", server_round, num_rounds)
-        replies = grid.send_and_receive(
-            strategy.configure_train(server_round, arrays, train_config, grid), timeout=timeout
-        )
+        messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
+        replies = grid.send_and_receive(messages, timeout=timeout)
+        broadcaster.transfers.pushed(messages, replies.lost)
+        del messages
         merged, metrics = strategy.aggregate_train(server_round, replies)
         if merged is not None:
             result.arrays = arrays = merged
@@ -127,20 +128,22 @@ def run_rounds(
             broadcaster.base(arrays)
             kept.folder.save(_checkpoint(server_round, arrays, memory, broadcaster, result, kept))
         _finish_round(
-            strategy, grid, result, server_round, arrays, evaluate_config, timeout, evaluate_fn
-        )
+            strategy, broadcaster, grid, result, server_round, arrays, evaluate_config, timeout,
+            evaluate_fn,
+        )  # fmt: skip
     return result
 
 
 def _finish_round(
-    strategy: Strategy, grid: StreamingGrid, result: Result, server_round: int,
-    arrays: ArrayRecord, config: ConfigRecord, timeout: float,
+    strategy: Strategy, broadcaster: Broadcaster, grid: StreamingGrid, result: Result,
+    server_round: int, arrays: ArrayRecord, config: ConfigRecord, timeout: float,
     evaluate_fn: EvaluateFunction | None,
 ) -> None:  # fmt: skip
     """Evaluation, by the nodes and by the server."""
-    replies = grid.send_and_receive(
-        strategy.configure_evaluate(server_round, arrays, config, grid), timeout=timeout
-    )
+    messages = list(strategy.configure_evaluate(server_round, arrays, config, grid))
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    broadcaster.transfers.pushed(messages, replies.lost)
+    del messages
     metrics = strategy.aggregate_evaluate(server_round, replies)
     _note(result.evaluate_metrics_clientapp, server_round, metrics, "aggregated metrics")
     if evaluate_fn:

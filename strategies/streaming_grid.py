@@ -7,7 +7,7 @@ memory in proportion to the number of clients. `StreamingGrid` wraps any of them
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -63,7 +63,7 @@ class StreamingGrid(Grid):
         lost = sorted(set(nodes) - set(sent.values()))
         if lost:
             LOGGER.warning("the message to %s could not be sent", name_nodes(lost))
-        return ReplyStream(self._grid, sent, timeout)
+        return ReplyStream(self._grid, sent, timeout, lost)
 
     # All else is the wrapped grid's.
 
@@ -117,17 +117,22 @@ class ReplyStream(Iterator[Message]):
         The messages' ids, and the nodes that they went to.
     timeout : float or None
         Seconds from now.
+    lost : sequence of int
+        The nodes whose message could not be sent.
 
     Attributes
     ----------
+    lost : sequence of int
     missing : list of int
         The nodes that have not answered (yet).
     unreadable : list of (node id, reason)
         Replies that Flower could not read.
     """
 
-    def __init__(self, grid: Grid, sent: dict[str, int], timeout: float | None) -> None:
-        self._grid, self._nodes, self._timeout = grid, sent, timeout
+    def __init__(
+        self, grid: Grid, sent: dict[str, int], timeout: float | None, lost: Sequence[int] = ()
+    ) -> None:
+        self._grid, self._nodes, self._timeout, self.lost = grid, sent, timeout, lost
         self._pending = dict(sent)
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._replies = self._pull_all()

@@ -51,7 +51,9 @@ def test_what_a_run_leaves(tiny_config, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "accuracy.png",
         "adapter",
+        "bytes.png",
         "checkpoints",
+        "ledger.csv",
         "metrics.csv",
         "progress.jsonl",
         "summary.json",

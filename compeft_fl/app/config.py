@@ -224,6 +224,7 @@ class AppConfig:
         0.0, "part of the nodes that score the global adapter on their own rows", low=0, high=1
     )
     timeout: float = _key(3600.0, "seconds that a round waits for late replies", above=0)
+    tensorboard: bool = _key(False, "write accuracy and bytes for TensorBoard too")
     resume: bool = _key(False, "go on from the newest checkpoint in run-dir, where there is one")
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from compeft_fl.app import launch, report
+from compeft_fl.app import launch, overhead, report
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
 from compeft_fl.app.scenario import SIMULATION_DEFAULTS, SIMULATION_HELP, Scenario
 from compeft_fl.app.server_app import build_strategy, run_folder
@@ -126,6 +126,8 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
     summary = json.loads((folder / report.SUMMARY_FILE).read_text(encoding="utf-8"))
     console = Console()
     console.print(report.table(summary))
+    if "ledger" in summary:
+        console.print(overhead.table(summary))
     seconds = time.perf_counter() - started
     console.print(f"done in {seconds:.0f} s; results: {escape(str(folder))}", soft_wrap=True)
     return 0
@@ -237,6 +239,9 @@ class _Live:
             line += f"  {self._replies} nodes  {sent} up"
             if self._sent and self._dense:
                 line += f" (1/{self._dense / self._sent:.3g} of dense)"
+            line += f"  {report.size(event['down_payload'])} down"
+            message = event["up_message"] + event["down_message"]
+            line += f"  {report.size(message)} as messages"
             line += f"  {event['time'] - self._seconds:.0f} s"
         self._seconds = event["time"]
         self._say(line)

@@ -2,7 +2,8 @@
 
 ``progress.jsonl`` in the run's folder has one JSON object per line, so that a display in another
 process can follow it: events ``run``, ``sent``, ``reply``, ``score``, ``end`` and ``error``, each
-with ``time``, the seconds since the run began.
+with ``time``, the seconds since the run began. Each message by itself is in ``ledger.csv``, see
+`compeft_fl.ledger`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from compeft_fl.app.config import AppConfig, Scalar
+from compeft_fl.ledger import Ledger, RoundTotals, Transfer
 
 if TYPE_CHECKING:
     from flwr.app import MetricRecord
@@ -71,6 +73,7 @@ class RunRecord:
     rounds: list[RoundRecord]
     wall_seconds: float
     config: dict[str, Scalar]
+    ledger: dict[str, Any] | None = None  # see `compeft_fl.ledger.Ledger.summary`
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds.
@@ -93,6 +96,7 @@ class RunRecord:
             "set_aside": [record.set_aside for record in trained],
             "wall_seconds": round(self.wall_seconds, 3),
             "config": self.config,
+            **({} if self.ledger is None else {"ledger": self.ledger}),
         }
 
 
@@ -110,6 +114,7 @@ class Journal:
     def __init__(self, folder: Path, config: AppConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.ledger = Ledger(folder)
         self._config = config
         self._path = folder / PROGRESS_FILE
         self._started = time.perf_counter()
@@ -174,13 +179,24 @@ class Journal:
             "reply", round=server_round, kind=kind, node=node_id, bytes=num_bytes, **numbers
         )
 
+    def on_transfer(self, transfer: Transfer) -> None:
+        """See `compeft_fl.strategies.TransferObserver.on_transfer`."""
+        self.ledger.add(transfer)
+
     def on_score(self, server_round: int, accuracy: float, loss: float) -> None:
         """Note the global adapter's accuracy (0 to 1) and loss after a round; the round ends."""
         record = self._round(server_round)
         record.accuracy, record.loss = accuracy, loss
         now = time.perf_counter()
         record.seconds, self._round_ended = now - self._round_ended, now
-        self._write("score", round=server_round, accuracy=accuracy, loss=loss)
+        sent = {
+            f"{direction}_{what}": getattr(
+                self.ledger.totals.get((server_round, direction), RoundTotals()), f"{what}_bytes"
+            )
+            for direction in ("up", "down")
+            for what in ("raw", "payload", "message")
+        }
+        self._write("score", round=server_round, accuracy=accuracy, loss=loss, **sent)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, for `restore`."""
@@ -215,6 +231,7 @@ class Journal:
             [dataclasses.replace(record) for record in self._rounds],
             time.perf_counter() - self._started,
             self._config.to_run_config(),
+            self.ledger.summary(),
         )
 
     def _nodes(self) -> int:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``summary.json``, ``metrics.csv``, ``accuracy.png``, and a table."""
+"""What a run leaves behind: ``summary.json``, ``metrics.csv``, plots, and a table."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def write(folder: Path, record: RunRecord) -> dict[str, Any]:
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_metrics(folder / METRICS_FILE, record)
     plot(folder / PLOT_FILE, summary)
+    if record.ledger is not None:
+        from compeft_fl.app import overhead
+
+        overhead.plot(folder / overhead.BYTES_PLOT_FILE, summary)
     return summary
 
 

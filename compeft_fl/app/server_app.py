@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import Strategy
 
 from compeft_fl import strategies
+from compeft_fl.app import tensorboard
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
 from compeft_fl.app.journal import Journal
@@ -55,10 +56,14 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     journal.begin(sum(tensor.numel() for tensor in state.values()))
     LOGGER.info("results go to %s", journal.folder)
 
+    board = tensorboard.Board(journal.folder) if config.tensorboard else None
+
     def score(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         _load(classifier, arrays)
         found = training.evaluate(classifier, rows.test, config)
         journal.on_score(server_round, found.accuracy, found.loss)
+        if board is not None:
+            board.write(server_round, journal.record().rounds[server_round], journal.ledger)
         return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
 
     initial = to_arrays({name: tensor.numpy() for name, tensor in state.items()})
@@ -79,6 +84,8 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
         **options,
     )
     classifier.save(journal.folder / "adapter")  # it holds what was scored last
+    if board is not None:
+        board.close()
     record = journal.record()
     report.write(journal.folder, record)
     if config.rounds and config.fraction_train and not any(r.replies for r in record.rounds):

@@ -58,11 +58,14 @@ class Answer:
         The version that it has kept; `NOTHING`: none.
     resync : str
         Why it cannot follow; empty: it does.
+    seconds : (float, float), optional
+        What decoding the message took, and compressing and encoding the reply.
     """
 
     name: str
     version: int
     resync: str = ""
+    seconds: tuple[float, float] | None = None
 
 
 def follow(
