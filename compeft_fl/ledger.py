@@ -76,8 +76,8 @@ class RoundTotals:
     messages : int
     raw_bytes, payload_bytes, message_bytes : int
     encode_seconds, decode_seconds, node_decode_seconds : float
-    started : float
-        Time of the first of them.
+    started, ended : float
+        Times of the first of them and of the last.
     """
 
     messages: int = 0
@@ -88,10 +88,12 @@ class RoundTotals:
     decode_seconds: float = 0.0
     node_decode_seconds: float = 0.0
     started: float = 0.0
+    ended: float = 0.0
 
     def add(self, transfer: Transfer) -> None:
         """Count a message."""
         self.started = self.started or transfer.time
+        self.ended = transfer.time
         self.messages += 1
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + (getattr(transfer, name) or 0))
@@ -149,10 +151,12 @@ class Ledger:
                 found[f"{way}_{name}"] = [
                     round(value, 6) if isinstance(value, float) else value for value in values
                 ]
-        found["started"] = [
-            round(self.totals[r, "down"].started, 6) if (r, "down") in self.totals else None
+        both = [
+            [self.totals[each] for each in ((r, "down"), (r, "up")) if each in self.totals]
             for r in range(1, last + 1)
         ]
+        found["started"] = [min((t.started for t in each), default=0.0) for each in both]
+        found["ended"] = [max((t.ended for t in each), default=0.0) for each in both]
         return found
 
     def _count(self, transfer: Transfer) -> None:

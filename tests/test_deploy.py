@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import json
 import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from counting_relay import PREFACE, Relay, frames, new_paths
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from http2 import PREFACE, frames, new_paths
 
 from compeft_fl.app import warm
 from compeft_fl.app.credentials import write_credentials
 from compeft_fl.app.deploy import Deployment, deploy
 from compeft_fl.app.scenario import Scenario
+from compeft_fl.bench.relay import UP, Connection, Link, Relay
 from compeft_fl.errors import ConfigError
+from compeft_fl.ledger import read_ledger
 
 FLWR = importlib.metadata.version("flwr")
 needs_grpc = pytest.mark.skipif(
@@ -83,16 +88,23 @@ def test_nodes_and_server_speak_grpc(tmp_path: Path) -> None:
     app.mkdir()
     (app / "pyproject.toml").write_text(PLAIN_PROJECT, encoding="utf-8")
     (app / "plain_app.py").write_text(PLAIN_APP, encoding="utf-8")
+    sent: dict[int, bytearray] = {}
+
+    def keep(node: int, connection: Connection, direction: str, data: bytes) -> None:
+        if direction == UP:
+            sent.setdefault(id(connection), bytearray()).extend(data)
+
     with (
         Deployment(tmp_path, num_nodes=2, secure=False, warm=False) as deployment,
-        Relay(deployment.fleet_port) as relay,
+        Relay(deployment.fleet_port, tap=keep) as relay,
     ):
-        deployment.start_node(0, relay.port)
+        deployment.start_node(0, relay.ports[0])
         deployment.start_node(1)
         run_id = deployment.submit(app)
         status = _finished(deployment, run_id)
     assert status == "finished:completed", _logs(tmp_path)
-    streams = [bytes(stream) for stream in relay.sent if stream]
+    assert sorted(map(len, sent.values())) == sorted(c.up for c in relay.connections if c.up)
+    streams = [bytes(stream) for stream in sent.values()]
     assert streams
     assert all(stream.startswith(PREFACE) for stream in streams)
     paths = [path for stream in streams for path in new_paths(stream)]
@@ -126,9 +138,9 @@ def test_a_run_with_tls_completes_and_leaves_nothing(tiny_data: Path, tiny_model
                 c.laddr.port for c in child.net_connections("tcp") if c.status == "LISTEN"
             )
 
-    outcome = deploy(scenario, tmp_path, on_event)
+    outcome = deploy(scenario, tmp_path, on_event, link=Link())
     assert outcome.completed, outcome.detail + _logs(tmp_path)
-    assert (tmp_path / "summary.json").is_file()
+    _check_that_the_ledger_adds_up(tmp_path)
     assert len(listening) >= 4  # the SuperLink's two, and one of each node
     assert not [process for process in processes if process.is_running()]
     still = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
@@ -207,6 +219,32 @@ def test_compose_files_mount_what_the_script_makes(name: str, tmp_path: Path) ->
     assert mounted
     assert mounted <= made
     assert "--insecure" not in words
+
+
+def _check_that_the_ledger_adds_up(folder: Path) -> None:
+    """Payload <= message <= socket: in each direction, for each node, and in all."""
+    ledger = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["ledger"]
+    layers = []
+    for way in ("uplink", "downlink"):
+        (payload,), (message,), (on_socket,) = (
+            ledger[f"{way}_{layer}_bytes"] for layer in ("payload", "message", "socket")
+        )
+        assert payload <= message <= on_socket < message + 100_000
+        layers.append((payload, message, on_socket))
+    assert layers[0][0] > 0
+    payload, message, on_socket = map(sum, zip(*layers, strict=True))
+    assert 0 < payload < message < on_socket
+    messages: Counter[tuple[int, str]] = Counter()
+    for _, transfer in read_ledger(folder / "ledger.csv"):
+        messages[transfer.node, transfer.direction] += transfer.message_bytes
+    sockets: Counter[tuple[int, str]] = Counter()
+    with (folder / "sockets.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["round"] == "1":
+                sockets[int(row["node"]), row["direction"]] += int(row["socket_bytes"])
+    assert len(messages) == 2 * 2
+    assert set(messages) == set(sockets)
+    assert all(messages[each] < sockets[each] for each in messages)
 
 
 def _front(folder: Path, real: Path) -> Path:

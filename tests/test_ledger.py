@@ -234,7 +234,7 @@ def test_a_row_is_there_as_soon_as_it_is_added(tmp_path):
     assert summary["uplink_message_bytes"] == [200, 100]
     assert summary["uplink_encode_seconds"] == [0.5, 0.25]
     assert summary["downlink_payload_bytes"] == [0, 7]
-    assert summary["started"] == [None, 3.5]
+    assert summary["started"] == summary["ended"] == [2.5, 3.5]
 
 
 def test_a_run_that_was_killed_goes_on_in_the_same_ledger(tmp_path):

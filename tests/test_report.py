@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
-from compeft_fl.app import report
+from compeft_fl.app import counted, overhead, report
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.journal import Journal, RoundRecord, RunRecord
+from compeft_fl.bench.relay import Relay
 
 ROUNDS = [
     RoundRecord(accuracy=0.5, loss=1.0, seconds=1.5),
@@ -168,3 +171,104 @@ def test_a_journal_sums_up_what_it_writes(tmp_path):
     assert replies[0].keys() >= {"node", "bytes", "loss", "seconds"}
     assert "what" not in replies[0]
     assert replies[2]["reason"] == "no reply in time"
+
+
+# --- bytes, layer by layer ----------------------------------------------------------------------
+
+LEDGER = {
+    "attempts": 1,
+    "started": [1.0, 5.0],
+    "ended": [4.0, 8.0],
+    **{
+        f"{way}_{name}": [factor * value, factor * value]
+        for way, factor in (("uplink", 1), ("downlink", 2))
+        for name, value in {
+            "messages": 3,
+            "raw_bytes": 60_000,
+            "payload_bytes": 3_000,
+            "message_bytes": 6_000,
+            "encode_seconds": 0.25,
+            "decode_seconds": 0.5,
+            "node_decode_seconds": 0.125,
+        }.items()
+    },
+}
+SOCKETS = {
+    "uplink_socket_bytes": [9_000, 9_000],
+    "downlink_socket_bytes": [15_000, 15_000],
+    "uplink_socket_bytes_outside": 700,
+    "downlink_socket_bytes_outside": 300,
+}
+
+
+def layers(ledger: dict) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    summary = dataclasses.replace(RECORD, ledger=ledger).summary()
+    console.print(overhead.table(summary))
+    return console.file.getvalue()
+
+
+def test_the_table_of_layers_says_what_each_adds():
+    text = layers(LEDGER)
+    for line in (
+        "payload +│ +6 kB │ +12 kB",
+        r"\+ records and metadata +│ +6 kB \(1 kB each\) │ +12 kB \(1 kB each\)",
+        "= messages +│ +12 kB │ +24 kB",
+        "encoding +│ +0.500 s │ +1.000 s",
+        "decoding +│ +1.000 s │ +0.250 s",
+    ):
+        assert re.search(line, text), line
+    assert "sockets" not in text
+    text = layers(LEDGER | SOCKETS)
+    assert re.search(r"\+ RPCs, TLS, polling +│ +6 kB \(1 kB each\) │ +6 kB \(500 B each\)", text)
+    assert re.search("= on the sockets +│ +18 kB │ +30 kB", text)
+    assert "outside of rounds, connecting and polling: 1 kB on the sockets" in text
+
+
+def test_the_plot_of_bytes_has_a_line_for_each_layer(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    ledger = LEDGER | SOCKETS | {"downlink_payload_bytes": [0, 6_000]}
+    overhead.plot(tmp_path / "unused.png", dataclasses.replace(RECORD, ledger=ledger).summary())
+    up, down = drawn[0].axes
+    assert [list(line.get_ydata()) for line in up.lines] == [
+        [60_000, 60_000],
+        [9_000, 9_000],
+        [6_000, 6_000],
+        [3_000, 3_000],
+    ]
+    assert list(down.lines[-1].get_ydata()) == [None, 6_000]  # a logarithm knows no 0
+
+
+def test_socket_bytes_go_to_the_rounds_in_which_they_passed(tmp_path):
+    class Counted:
+        """What a relay has counted."""
+
+        ports = (1, 2)
+
+        def passed(self, node, direction):
+            size = 10 if direction == "up" else 1000
+            return [(0.5, size), (2.0 + node, size), (4.5, size), (6.0, 5 * size), (9.0, size)]
+
+    report.write(tmp_path, dataclasses.replace(RECORD, ledger=LEDGER))
+    counted.write(tmp_path, Counted(), {0: 111})
+    ledger = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["ledger"]
+    assert ledger["uplink_socket_bytes"] == [20, 100]
+    assert ledger["downlink_socket_bytes"] == [2_000, 10_000]
+    assert ledger["uplink_socket_bytes_outside"] == 60
+    with (tmp_path / "sockets.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 3
+    assert {row["node"] for row in rows} == {"111", "1"}
+    total = sum(int(row["socket_bytes"]) for row in rows)
+    assert total == 2 * 9 * (10 + 1000)
+
+
+def test_socket_bytes_of_a_run_that_failed_are_kept(tmp_path):
+    with Relay(1) as relay:
+        pass
+    counted.write(tmp_path, relay, {})
+    assert len((tmp_path / "sockets.csv").read_text().splitlines()) == 3
+    assert not (tmp_path / "summary.json").exists()

@@ -19,12 +19,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from compeft_fl.app import launch, warm
+from compeft_fl.app import counted, launch, warm
 from compeft_fl.app.config import Scalar
 from compeft_fl.app.credentials import write_credentials
 from compeft_fl.app.journal import PROGRESS_FILE
 from compeft_fl.app.launch import LOG_FILE, FlowerError, FlowerSession, Outcome
 from compeft_fl.app.scenario import Scenario
+from compeft_fl.bench.relay import Link, Relay
 
 __all__ = ["Deployment", "deploy"]
 
@@ -61,6 +62,15 @@ class Deployment(FlowerSession):
         Without, everything is readable on the way: for looking at bytes only.
     warm : bool
         Fork clients from a process that holds what they need, see `compeft_fl.app.warm`.
+    link : Link, optional
+        Put a relay between the nodes and the SuperLink, which counts their bytes and passes them
+        on as over such a link.
+
+    Attributes
+    ----------
+    relay : Relay or None
+    node_ids : dict of int to int
+        Flower's ids of the nodes, where they are known beforehand: those that authenticate.
 
     Raises
     ------
@@ -76,6 +86,7 @@ class Deployment(FlowerSession):
         num_nodes: int,
         secure: bool = True,
         warm: bool = True,
+        link: Link | None = None,
     ) -> None:
         super().__init__(folder / launch.SUPERLINK_LOG_FILE, {**_SETTINGS, **(environment or {})})
         self.folder = folder
@@ -85,7 +96,9 @@ class Deployment(FlowerSession):
         self._warm = warm
         self._node_path = ""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.node_ids: dict[int, int] = {}
         self.api_port, self.fleet_port, *self._node_ports = _free_ports(2 + num_nodes)
+        self.relay = None if link is None else Relay(self.fleet_port, num_nodes, link)
 
     def submit(self, app: Path, federation: Mapping[str, Scalar] | None = None) -> str:
         """Start a run of the app in a folder and return its id; see `FlowerSession.submit`."""
@@ -107,7 +120,11 @@ class Deployment(FlowerSession):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
         finally:
-            super().close()
+            try:
+                super().close()
+            finally:
+                if self.relay is not None:
+                    self.relay.close()
 
     def start_superlink(self) -> None:
         """Start the SuperLink on its ports and its database, and wait until it answers.
@@ -147,18 +164,22 @@ class Deployment(FlowerSession):
             process.wait()
 
     def start_node(self, index: int, fleet_port: int | None = None) -> subprocess.Popen[bytes]:
-        """Start the SuperNode of partition `index`; it connects to `fleet_port`, if given.
+        """Start the SuperNode of partition `index`.
+
+        It connects to `fleet_port` where that is given, or to the relay where there is one.
 
         Raises
         ------
         FlowerError
             Where the SuperLink does not take the node's key.
         """
+        if fleet_port is None:
+            fleet_port = self.fleet_port if self.relay is None else self.relay.ports[index]
         # Nodes share this machine, and each would otherwise use all of its cores at once.
         threads = max(1, (os.cpu_count() or 1) // self.num_nodes)
         command = ["env", f"OMP_NUM_THREADS={threads}", f"FLWR_HOME={self.home / f'node-{index}'}"]
         command += [f"PATH={self._node_path}", "flower-supernode", "--grpc-rere"]
-        command += ["--superlink", f"{_HOST}:{fleet_port or self.fleet_port}"]
+        command += ["--superlink", f"{_HOST}:{fleet_port}"]
         command += ["--host", _HOST, "--port", str(self._node_ports[index])]
         command += ["--node-config", f"partition-id={index} num-partitions={self.num_nodes}"]
         if self.credentials is None:
@@ -190,6 +211,8 @@ class Deployment(FlowerSession):
         if self.credentials is not None:
             write_credentials(self.credentials, [_HOST, "localhost"], self.num_nodes)
         self._write_connection()
+        if self.relay is not None:
+            self.relay.open()
         try:
             self.start_superlink()
         except FileNotFoundError:
@@ -224,6 +247,7 @@ class Deployment(FlowerSession):
         answer = self._flwr("supernode", "register", str(public), _CONNECTION)
         if not answer.get("node-id"):
             raise FlowerError(f"node {index} cannot be registered: {launch._reason(answer)}")
+        self.node_ids[index] = int(answer["node-id"])
 
     def _write_connection(self) -> None:
         """Tell Flower's command line where the SuperLink is."""
@@ -259,7 +283,13 @@ class Deployment(FlowerSession):
             return False
 
 
-def deploy(scenario: Scenario, folder: Path, on_event: Callable[[dict[str, Any]], None]) -> Outcome:
+def deploy(
+    scenario: Scenario,
+    folder: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    *,
+    link: Link | None = None,
+) -> Outcome:
     """Run a scenario over gRPC with TLS on loopback; return when it has ended and all is gone.
 
     Parameters
@@ -270,6 +300,8 @@ def deploy(scenario: Scenario, folder: Path, on_event: Callable[[dict[str, Any]]
         The run's folder, which exists; the app writes its results there, and Flower its logs.
     on_event : callable
         Called with every event of ``progress.jsonl`` as it comes (see `compeft_fl.app.journal`).
+    link : Link, optional
+        Count the bytes of each node, as over such a link, see `compeft_fl.app.counted`.
 
     Raises
     ------
@@ -279,7 +311,8 @@ def deploy(scenario: Scenario, folder: Path, on_event: Callable[[dict[str, Any]]
     scenario = scenario.with_run(run_dir=str(folder.absolute()))
     num_nodes = int(scenario.simulation["num-supernodes"])
     events = launch._Events(folder / PROGRESS_FILE, on_event)
-    with Deployment(folder, launch._offline(scenario.config), num_nodes=num_nodes) as deployment:
+    environment = launch._offline(scenario.config)
+    with Deployment(folder, environment, num_nodes=num_nodes, link=link) as deployment:
         for index in range(num_nodes):
             deployment.start_node(index)
         app = deployment.home / "app"
@@ -289,6 +322,8 @@ def deploy(scenario: Scenario, folder: Path, on_event: Callable[[dict[str, Any]]
         status, details = _follow(deployment, run_id, events)
         with contextlib.suppress(subprocess.TimeoutExpired):
             log.wait(_LAST_LINES_SECONDS)
+    if deployment.relay is not None:
+        counted.write(folder, deployment.relay, deployment.node_ids)
     events.read()
     if status == "finished:completed" and events.ended:
         return Outcome(True)

@@ -17,11 +17,16 @@ over gRPC with TLS and SuperNode authentication. Everything is ended afterwards.
 SCENARIO.toml and the keys are those of `compeft-fl run`; num-supernodes is the number of
 SuperNodes (default 3, and 3 rounds, where no file is given). For several machines see
 simulations/deploy/README.md.
+
+With --count, --mbit or --latency a relay stands between the nodes and the SuperLink. It counts what
+passes on each node's socket: sockets.csv, and sums in summary.json.
 """
 _DEPLOY_EXAMPLES: Final = """\
 examples:
   compeft-fl deploy
   compeft-fl deploy simulations/deploy/loopback.toml rounds=5 --out /tmp/results
+  compeft-fl deploy --count
+  compeft-fl deploy --mbit 10 --latency 50
 """
 _WARM: Final = """\
 Run a flower-supernode (or flower-superexec) whose client processes are forked from one that has
@@ -51,6 +56,16 @@ def add_parsers(commands: Any) -> None:
         help="see `compeft-fl run --keys` for the keys",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (runs)")
+    parser.add_argument(
+        "--count", action="store_true", help="count the bytes on each node's socket"
+    )
+    parser.add_argument(
+        "--mbit", type=float, metavar="N", help="each node's link has N Mbit/s each way"
+    )
+    parser.add_argument(
+        "--latency", type=float, metavar="MS", default=0.0,
+        help="each node's link takes MS milliseconds one way",
+    )  # fmt: skip
     parser.set_defaults(handler=_deploy)
     parser = commands.add_parser(
         "warm",
@@ -66,12 +81,19 @@ def add_parsers(commands: Any) -> None:
 
 def _deploy(options: argparse.Namespace) -> int:
     """Run and return the exit code, see `compeft_fl.app.command.run`."""
+    from functools import partial
+
     from compeft_fl.app import display
     from compeft_fl.app.deploy import deploy
+    from compeft_fl.bench.relay import Link
 
     has_file = any("=" not in argument for argument in options.arguments)
     arguments = [*(() if has_file else _DEFAULTS), *options.arguments]
-    return display.run(arguments, options.out, launcher=deploy, command="deploy")
+    link = None
+    if options.count or options.mbit is not None or options.latency:
+        link = Link(options.mbit, options.latency / 1000)
+    launcher = partial(deploy, link=link)
+    return display.run(arguments, options.out, launcher=launcher, command="deploy")
 
 
 def _warm(options: argparse.Namespace) -> int:

@@ -74,47 +74,47 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """Return for a person where the bytes of a whole run went, and what a message costs beside it.
+    """Return for a person, layer by layer, what the bytes of a whole run are made of.
 
-    The overheads are sums over the run, and in parentheses divided by the number of messages.
+    What a layer adds is the sum over the run, and in parentheses divided by the messages.
     """
     from rich.table import Table
 
     ledger = summary["ledger"]
-    sockets = "uplink_socket_bytes" in ledger
+    sums = [
+        {name.removeprefix(f"{way}_"): sum(values) for name, values in ledger.items()
+         if name.startswith(f"{way}_") and isinstance(values, list)}
+        for way, _ in _WAYS
+    ]  # fmt: skip
     found = Table(title="bytes, layer by layer", title_justify="left", caption_justify="left")
-    heads = ["way", "messages", "payload", "messages' bytes", "overhead (each)"]
-    heads += ["on the socket", "overhead (each)"] if sockets else []
-    heads += ["encode", "decode"]
-    for head in heads:
-        found.add_column(head, justify="left" if head == "way" else "right")
-    for way, title in _WAYS:
-        total = {
-            name: sum(ledger.get(f"{way}_{name}", []))
-            for name in ("messages", "payload_bytes", "message_bytes", "socket_bytes")
-        }
-        cells = [title, str(total["messages"]), size(total["payload_bytes"])]
-        cells += [size(total["message_bytes"])]
-        cells += [_over(total, "payload_bytes", "message_bytes")]
-        if sockets:
-            cells += [size(total["socket_bytes"]), _over(total, "message_bytes", "socket_bytes")]
-        decoding = "decode_seconds" if way == "uplink" else "node_decode_seconds"
-        source = "uplink"  # nodes tell with their replies how long decoding took
-        cells += [
-            f"{sum(ledger[f'{way}_encode_seconds']):.3g} s",
-            f"{sum(ledger[f'{source}_{decoding}']):.3g} s",
-        ]
-        found.add_row(*cells)
-    if sockets:
-        found.caption = (
-            "on the socket: all rounds, with TLS, HTTP/2 and idle polling; before the first round "
-            f"{size(ledger['socket_bytes_before'])} more"
-        )
+    found.add_column("")
+    for _, title in _WAYS:
+        found.add_column(title, justify="right")
+    found.add_row("messages", *(str(each["messages"]) for each in sums))
+    found.add_row("payload", *(size(each["payload_bytes"]) for each in sums))
+    layers = [("records and metadata", "payload_bytes", "message_bytes", "messages")]
+    if "uplink_socket_bytes" in ledger:
+        layers.append(("RPCs, TLS, polling", "message_bytes", "socket_bytes", "on the sockets"))
+        outside = sum(ledger[f"{way}_socket_bytes_outside"] for way, _ in _WAYS)
+        found.caption = f"outside of rounds, connecting and polling: {size(outside)} on the sockets"
+    for adds, inner, outer, name in layers:
+        found.add_row(f"+ {adds}", *(_more(each, inner, outer) for each in sums))
+        found.add_row(f"= {name}", *(size(each[outer]) for each in sums))
+    found.add_section()
+    up = sums[0]
+    found.add_row("encoding", *(_seconds(each["encode_seconds"]) for each in sums))
+    # Nodes tell with their replies how long they took to decode what they got.
+    decoding = (up["decode_seconds"], up["node_decode_seconds"])
+    found.add_row("decoding", *map(_seconds, decoding))
     return found
 
 
-def _over(total: Mapping[str, int], inner: str, outer: str) -> str:
+def _more(sums: Mapping[str, float], inner: str, outer: str) -> str:
     """Return what a layer adds, in all and for each message."""
-    more = total[outer] - total[inner]
-    each = more / total["messages"] if total["messages"] else 0
-    return f"{size(more)} ({size(each)})"
+    more = sums[outer] - sums[inner]
+    each = more / sums["messages"] if sums["messages"] else 0
+    return f"{size(more)} ({size(each)} each)"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s"

@@ -146,11 +146,30 @@ class Relay:
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self._error: BaseException | None = None
 
-    def __enter__(self) -> Self:
+    def open(self) -> None:
+        """Listen; what `__enter__` does.
+
+        Raises
+        ------
+        OSError
+            No port is free.
+        """
         self._thread.start()
         self._ready.wait(_START_SECONDS)
         if self._error is not None:
             raise self._error
+
+    def close(self) -> None:
+        """Close all connections and ports; what `__exit__` does. The counts stay."""
+        if self._thread.ident is None:
+            return
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.open()
         return self
 
     def __exit__(
@@ -159,10 +178,7 @@ class Relay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
-                self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self.close()
 
     def total(self, direction: str, node: int | None = None) -> int:
         """Bytes that have passed in a direction, of one node or of all."""
