@@ -29,7 +29,8 @@ _HOST: Final = "127.0.0.1"
 _LARGEST_PART: Final = 1 << 16
 _SMALLEST_PART: Final = 512
 _PART_SECONDS: Final = 0.01  # at the link's speed
-_CREDIT_SECONDS: Final = 0.01  # that a link makes up for when the relay woke too late
+_READY_SECONDS: Final = 0.002  # a read that takes less found its bytes waiting
+_CREDIT_SECONDS: Final = 1.0  # that a busy link makes up for when the relay woke too late
 _BIN_SECONDS: Final = 0.05  # of the record of when bytes passed
 _START_SECONDS: Final = 10.0
 
@@ -280,10 +281,14 @@ class Relay:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(int(min(max(4, held), 10_000)))
         delivery = asyncio.create_task(self._deliver(connection, direction, queue, writer))
         try:
+            busy, asked = False, time.monotonic()
             while data := await reader.read(link.part_bytes):
-                await queue.put((await self._arrival(connection.node, direction, len(data)), data))
+                busy = busy and time.monotonic() - asked < _READY_SECONDS
+                when = await self._arrival(connection.node, direction, len(data), busy)
+                await queue.put((when, data))
                 if delivery.done():
                     break
+                busy, asked = True, time.monotonic()
             if not delivery.done():
                 await queue.put((time.monotonic() + link.latency, b""))
             await delivery
@@ -291,13 +296,17 @@ class Relay:
             delivery.cancel()
             await asyncio.gather(delivery, return_exceptions=True)
 
-    async def _arrival(self, node: int, direction: str, size: int) -> float:
-        """Wait until the link has taken so many bytes; the time at which they arrive."""
+    async def _arrival(self, node: int, direction: str, size: int, busy: bool) -> float:
+        """Wait until the link has taken so many bytes; the time at which they arrive.
+
+        Bytes that were waiting for the link begin when it became free, also where this process was
+        late to see that: a machine with other work to do makes no link slower than it is.
+        """
         now = time.monotonic()
         link = self.link
         if link.mbit_per_second is None:
             return now + link.latency
-        begun = max(now - _CREDIT_SECONDS, self._free[node, direction])
+        begun = max(now - _CREDIT_SECONDS if busy else now, self._free[node, direction])
         sent = begun + size / link.bytes_per_second
         self._free[node, direction] = sent
         await asyncio.sleep(max(0.0, sent - now))
