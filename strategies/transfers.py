@@ -28,7 +28,7 @@ class Transfers:
     def __init__(self, observer: RoundObserver) -> None:
         self._observer = observer if isinstance(observer, TransferObserver) else None
         self._sizes = MessageSizes()
-        self._outgoing: dict[int, Transfer] = {}  # by node id
+        self._outgoing: dict[int, list[Transfer]] = {}  # by node id, in order
         self._encode_seconds = 0.0
 
     def encoded(self, seconds: float) -> None:
@@ -47,9 +47,10 @@ class Transfers:
         if self._observer is None:
             return
         raw = 0 if kind == "resync" else _BYTES_PER_PARAMETER * parameters
-        self._outgoing[node_id] = Transfer(
+        transfer = Transfer(
             time.time(), server_round, node_id, "down", kind, parameters, raw, payload_bytes
         )
+        self._outgoing.setdefault(node_id, []).append(transfer)
 
     def pushed(self, messages: Iterable[Message], lost: Collection[int] = ()) -> None:
         """Tell of messages that Flower has taken, which has filled in their metadata.
@@ -57,15 +58,18 @@ class Transfers:
         Parameters
         ----------
         messages : iterable of flwr.app.Message
-            Each is told of once, if `outgoing` has noted it.
+            Those that `outgoing` has noted, those of one node in the same order.
         lost : collection of int
             Nodes whose message could not be sent.
         """
         if self._observer is None:
             return
         for message in messages:
-            noted = self._outgoing.pop(message.metadata.dst_node_id, None)
-            if noted is None or noted.node in lost:
+            node_id = message.metadata.dst_node_id
+            if not self._outgoing.get(node_id):
+                continue
+            noted = self._outgoing[node_id].pop(0)
+            if node_id in lost:
                 continue
             size, seconds = self._sizes.of(message), self._encode_seconds
             self._encode_seconds = 0.0

@@ -153,12 +153,14 @@ def test_other_messages_of_a_strategy_count():
             yield Message(content, NODES[0], "query")
 
     told = Told()
-    strategy = Compressed(Asks(fraction_train=0.5, fraction_evaluate=0.0), observer=told)
+    strategy = Compressed(Asks(fraction_evaluate=0.0), observer=told)
     grid = grid_of(CompressionMod())
     strategy._broadcaster.base(arrays := tiny.arrays())
     messages = list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
     strategy._broadcaster.transfers.pushed(messages)
-    assert [t.parameters for t in told.transfers][-1] == 0
+    # The node that is asked has one of either.
+    assert [t.parameters for t in told.transfers] == [PARAMETERS] * N + [0]
+    assert [t.parameters for t in told.of(node=NODES[0])] == [PARAMETERS, 0]
 
 
 def test_the_size_of_shared_contents_is_that_of_each():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from compeft_fl.bench.relay import DOWN, UP, Link, Relay
+from compeft_fl.cli import main
 from compeft_fl.errors import ParameterError
 
 SECONDS = 60
@@ -193,3 +194,9 @@ def closed(connection: socket.socket) -> bool:
         return connection.recv(1) == b""
     except OSError:
         return True
+
+
+@pytest.mark.parametrize("option", [["--mbit", "0"], ["--latency", "-1"]])
+def test_the_command_rejects_links_that_cannot_be(option, capsys):
+    assert main(["deploy", *option]) == 2
+    assert "compeft-fl deploy: error: expected" in capsys.readouterr().err
