@@ -9,6 +9,8 @@ Source: the majority vote of signs, Bernstein et al., https://arxiv.org/abs/1810
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector, num_words
 
-__all__ = ["SignMajority", "signs_of"]
+__all__ = ["Agreement", "SignMajority", "signs_of"]
 
 Words = NDArray[np.uint64]
 
@@ -44,6 +46,47 @@ def signs_of(update: TernaryVector | TaskVector) -> TernaryVector:
         moved = _packed(np.repeat(spread, np.diff(update.bounds)))
         masks = masks[0] & moved, masks[1] & moved
     return TernaryVector(update.layout, *masks, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How an update's signs compare with a direction; of several rounds, the sums of each.
+
+    Attributes
+    ----------
+    agree, oppose : float
+        Parameters that both move, the same way and the other.
+    norms : float
+        The product of the Euclidean norms of both vectors of signs.
+    """
+
+    agree: float = 0.0
+    oppose: float = 0.0
+    norms: float = 0.0
+
+    @property
+    def cosine(self) -> float:
+        """In -1 .. 1; 0 where one of the two is 0."""
+        return (self.agree - self.oppose) / self.norms if self.norms > 0 else 0.0
+
+    @property
+    def deviations(self) -> float:
+        """How many standard deviations the agreement is above that of unrelated signs."""
+        both = self.agree + self.oppose
+        return (self.agree - self.oppose) / math.sqrt(both) if both > 0 else 0.0
+
+    @property
+    def chance(self) -> float:
+        """The standard deviation of the cosine between unrelated signs at the same places."""
+        return math.sqrt(self.agree + self.oppose) / self.norms if self.norms > 0 else 1.0
+
+    def after(self, earlier: Agreement, share: float) -> Agreement:
+        """Return the sums with a share of what was found in earlier rounds."""
+        return Agreement(
+            self.agree + share * earlier.agree,
+            self.oppose + share * earlier.oppose,
+            self.norms + share * earlier.norms,
+        )
 
 
 class SignMajority:
@@ -125,7 +168,11 @@ class SignMajority:
         return TernaryVector(self.layout, plus, minus, 1.0)
 
     def cosine(self, update: TernaryVector | TaskVector, *, voted: bool = True) -> float:
-        """The cosine between an update's signs and the direction of the others.
+        """The cosine between an update's signs and the direction of the others; see `compare`."""
+        return self.compare(update, voted=voted).cosine
+
+    def compare(self, update: TernaryVector | TaskVector, *, voted: bool = True) -> Agreement:
+        """An update's signs against the direction of the others.
 
         Parameters
         ----------
@@ -136,8 +183,7 @@ class SignMajority:
 
         Returns
         -------
-        float
-            In -1 .. 1; 0 where one of the two is 0.
+        Agreement
 
         Raises
         ------
@@ -158,8 +204,8 @@ class SignMajority:
         else:
             agree = _count(up & plus) + _count(down & minus)
             oppose = _count(up & minus) + _count(down & plus)
-        norms = float(_count(up | down)) * float(decided)
-        return (agree - oppose) / float(np.sqrt(norms)) if norms > 0 else 0.0
+        norms = math.sqrt(float(_count(up | down)) * float(decided))
+        return Agreement(agree, oppose, norms)
 
     def _signs(self, update: TernaryVector | TaskVector) -> TernaryVector:
         if update.layout != self.layout:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from compeft_fl.atomic import replacing
-from compeft_fl.errors import LayoutError, StateError
+from compeft_fl.errors import CompeftError, LayoutError, StateError
 from compeft_fl.records import LOGGER, to_arrays, to_state
 from compeft_fl.task_vector import Layout
 
@@ -153,17 +154,36 @@ def _from_file(path: Path) -> Checkpoint:
         raise StateError(f"expected {_FORMAT!r} in {path}, found {metadata.get('format')!r}")
     if metadata.get("checksum") != _checksum(metadata.get("told", ""), tensors):
         raise StateError(f"{path} is damaged: its checksum differs")
-    told = json.loads(metadata["told"])
+    try:
+        return _checkpoint_of(json.loads(metadata["told"]), tensors, path)
+    except (
+        CompeftError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
+        RecursionError,
+    ) as error:  # fmt: skip
+        raise StateError(f"{path} is none of this program's: {error!r}") from None
+
+
+def _checkpoint_of(
+    told: dict[str, Any], tensors: dict[str, NDArray[Any]], path: Path
+) -> Checkpoint:
+    """The checkpoint that a file says; any error where it makes no sense under its checksum."""
     exchange = _filled(told["exchange"], tensors)
     exchange["log"] = {int(version): blob.tobytes() for version, blob in exchange["log"].items()}
     version, internal, gauss = told["random"]
+    random_state = version, tuple(internal), gauss
+    random.Random().setstate(random_state)
+    server_round, history = told["round"], told["history"]
+    if type(server_round) is not int or server_round < 0:
+        raise ValueError(f"expected a round, found {server_round!r}")
+    if not all(isinstance(each, dict) for each in (history, *history.values())):
+        raise ValueError("expected metrics by name and round")
     return Checkpoint(
-        server_round=told["round"],
+        server_round=server_round,
         arrays=to_arrays(_filled(told["arrays"], tensors)),
         exchange=exchange,
         strategy=_filled(told["strategy"], tensors),
-        history=told["history"],
-        random_state=(version, tuple(internal), gauss),
+        history=history,
+        random_state=random_state,
         extra=told["extra"],
         path=path,
     )

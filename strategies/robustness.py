@@ -1,9 +1,10 @@
-"""Similarity of each reply to the direction of the round, and a rule that sets outliers aside.
+"""Similarity of each reply to the direction of the round, and outliers set aside by a rule.
 
 The direction is the majority of signs (`compeft_fl.majority`): bit masks, no dense vectors. A reply
 cannot be compared with it before all have come, so the rule goes over a round's replies more than
 once. They wait as the encoded bytes that they came as, in a temporary file beyond a limit, and are
-decoded again one at a time: the server's memory stays flat, at the price of two more decodings.
+decoded again one at a time: the server's memory stays flat, at the price of two more decodings, and
+of some more where there are outliers.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
-from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.majority import SignMajority
+from compeft_fl.errors import CompeftError
+from compeft_fl.majority import Agreement, SignMajority
 from compeft_fl.records import LOGGER, metric_records
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode
 from strategies.observer import RoundObserver
 from strategies.replies import Intake, Reply
+from strategies.sign_agreement import SignAgreementFilter
 from strategies.streaming_grid import name_nodes
 
 __all__ = ["SignAgreementFilter", "Similarity", "SimilarityObserver", "take_screened"]
 
 Update = TernaryVector | TaskVector
 
-_NOISE = 3.0  # standard deviations of the cosine between unrelated signs
+_PASSES = 8  # over a round's replies, at most, to find whose votes count
 
 
 @dataclass(frozen=True)
@@ -69,117 +71,6 @@ class SimilarityObserver(Protocol):
         """All usable training replies of a round, in the order in which they came."""
 
 
-class SignAgreementFilter:
-    """Set aside replies that point away from the majority of a round, or are absurdly large.
-
-    For each reply: the cosine between its signs and the majority of the *other* replies' signs,
-    parameter by parameter. Honest updates of one model agree more than chance; random noise does
-    not, and a flipped update opposes. Votes have no scale and no weight, so that nobody can shout.
-    A finite but huge scale, which any decoder has to let pass, is compared with the round's median.
-
-    Parameters
-    ----------
-    min_cosine : float
-        In 0 .. 1: replies whose cosine is below this part of the round's median are set aside.
-    max_size : float
-        Over 1: replies whose norm, or whose largest scale, is more than this many times the round's
-        median are set aside and have no vote. Neither has a reply that moves so many times more
-        parameters than the median one, but it can stay.
-    max_weight : float
-        Over 1: a weight (number of examples) counts as at most this many times the median.
-    min_replies : int
-        At least 3: with fewer replies nothing is set aside.
-    dry_run : bool
-        Say what would be set aside, merge everything: replies are merged as they come.
-    memory_bytes : int
-        Encoded replies that wait in memory; beyond that, in a temporary file.
-
-    Raises
-    ------
-    ParameterError
-        An argument out of its range.
-
-    Notes
-    -----
-    Near the end of training honest updates have little in common, and where the median cosine is
-    no more than chance there is no direction to compare with. Such a round is judged by the last
-    one that had one: who was set aside then still is, and no norm counts as more than the median.
-
-    What the rule cannot do: a coalition that sends nearly the
-    same update outvotes sparse honest ones wherever few of them move a parameter; an update that
-    mostly agrees and hides a backdoor in few parameters passes; where honest nodes have nothing in
-    common, those that differ most are set aside, which costs what only they know.
-
-    Sources: the vote on signs, Bernstein et al., signSGD with majority vote,
-    https://arxiv.org/abs/1810.05291, and Li et al., RSA, https://arxiv.org/abs/1811.03761, which
-    bounds each client's influence to its signs; bounds on the norm, Sun et al.,
-    https://arxiv.org/abs/1911.07963. Krum, Blanchard et al., https://arxiv.org/abs/1703.02757,
-    picks the reply with the nearest neighbours instead: all pairs of dense vectors at once.
-    """
-
-    def __init__(
-        self,
-        *,
-        min_cosine: float = 0.3,
-        max_size: float = 5.0,
-        max_weight: float = 10.0,
-        min_replies: int = 4,
-        dry_run: bool = False,
-        memory_bytes: int = 16 << 20,
-    ) -> None:
-        if not 0 <= min_cosine <= 1:
-            raise ParameterError(f"expected min_cosine in 0 .. 1, found {min_cosine!r}")
-        for name, value in (("max_size", max_size), ("max_weight", max_weight)):
-            if not value > 1:
-                raise ParameterError(f"expected {name} over 1, found {value!r}")
-        if min_replies < 3:
-            raise ParameterError(f"expected min_replies of 3 or more, found {min_replies!r}")
-        if memory_bytes < 1:
-            raise ParameterError(f"expected memory_bytes over 0, found {memory_bytes!r}")
-        self.min_cosine, self.max_size, self.max_weight = min_cosine, max_size, max_weight
-        self.min_replies, self.dry_run, self.memory_bytes = min_replies, dry_run, memory_bytes
-        self._suspects: set[int] = set()  # node ids
-
-    def describe(self) -> str:
-        """The rule and its settings, for the log."""
-        return (
-            f"Outliers: cosine of signs below {self.min_cosine:g} of the median, size over "
-            f"{self.max_size:g} times the median"
-            f"{' (dry run: said, not set aside)' if self.dry_run else ''}"
-        )
-
-    def state(self) -> dict[str, list[int]]:
-        """What is remembered from round to round, as plain values for a checkpoint."""
-        return {"suspects": sorted(self._suspects)}
-
-    def restore(self, state: dict[str, list[int]]) -> None:
-        """Go on from what `state` gave."""
-        self._suspects = set(state["suspects"])
-
-    def judge_signs(self, cosines: dict[int, float], threshold: float | None) -> dict[int, str]:
-        """Who is set aside for its signs, and why.
-
-        Parameters
-        ----------
-        cosines : dict of int to float
-            By node id.
-        threshold : float or None
-            None: this round has no direction.
-        """
-        if threshold is None:
-            said = (
-                "its signs differed in an earlier round, and this one has no direction of its own"
-            )
-            return {node: said for node in cosines if node in self._suspects}
-        outliers = {node: cosine for node, cosine in cosines.items() if cosine < threshold}
-        self._suspects = (self._suspects - cosines.keys()) | outliers.keys()
-        return {
-            node: f"its signs have cosine {cosine:.3f} to the majority of the others', "
-            f"below {threshold:.3f}"
-            for node, cosine in outliers.items()
-        }
-
-
 @dataclass(slots=True)
 class _Entry:
     """A reply that waits: where its bytes are, and what is known of it."""
@@ -193,7 +84,7 @@ class _Entry:
     largest: float  # scale; 0 for a dense update
     num_nonzeros: int
     votes: bool = True
-    cosine: float = 0.0
+    found: Agreement = field(default_factory=Agreement)
     reason: str | None = None
 
 
@@ -245,17 +136,42 @@ class _Screening:
         enough = len(entries) >= rule.min_replies
         if enough:
             self._judge_sizes()
-        for entry in entries:
-            entry.cosine = self._majority.cosine(self._update(entry), voted=entry.votes)
-        cosines = [entry.cosine for entry in entries if entry.votes]
+        self._compare()
         if enough:
-            threshold = self._threshold(cosines)
-            if threshold is None:
-                self._most_norm = statistics.median(entry.norm for entry in entries)
-            outliers = rule.judge_signs({e.node_id: e.cosine for e in entries}, threshold)
+            self._most_norm = rule.max_norm * statistics.median(entry.norm for entry in entries)
+            outliers = self._judge_signs()
             for entry in entries:
                 entry.reason = entry.reason or outliers.get(entry.node_id)
-        return [Similarity(e.node_id, e.cosine, e.norm, e.num_nonzeros, e.reason) for e in entries]
+        return [
+            Similarity(e.node_id, e.found.cosine, e.norm, e.num_nonzeros, e.reason) for e in entries
+        ]
+
+    def _compare(self) -> None:
+        for entry in self._entries:
+            entry.found = self._majority.compare(self._update(entry), voted=entry.votes)
+
+    def _judge_signs(self) -> dict[int, str]:
+        """Those that differ lose their votes, the worst first, until the others agree."""
+        outliers: dict[int, str] = {}
+        for _ in range(_PASSES):
+            found = {entry.node_id: entry.found for entry in self._entries}
+            voters = [entry for entry in self._entries if entry.votes]
+            voter_ids = [entry.node_id for entry in voters]
+            outliers = self._rule.judge_signs(found, voter_ids)
+            worst = [entry for entry in voters if entry.node_id in outliers]
+            if not worst:
+                break
+            worst.sort(key=lambda entry: entry.found.deviations)
+            for entry in worst[: (len(worst) + 1) // 2]:
+                self._silence(entry)
+            self._compare()
+        self._rule.remember(found, voter_ids, outliers)
+        return outliers
+
+    def _silence(self, entry: _Entry) -> None:
+        """Take an entry's vote back."""
+        entry.votes = False
+        self._majority.remove(self._update(entry))
 
     def replies(self) -> Iterator[tuple[Reply, Update, float, str | None]]:
         """Each reply with its update and weight, both within bounds, and why it is set aside."""
@@ -293,16 +209,7 @@ class _Screening:
             elif scale > 0 and entry.largest > scale:
                 entry.reason = f"its scale {entry.largest:.3g} is over {most:g} times the median"
             if entry.reason is not None or entry.num_nonzeros > width > 0:
-                entry.votes = False
-                self._majority.remove(self._update(entry))
-
-    def _threshold(self, cosines: list[float]) -> float | None:
-        """The least cosine that stays; None where the replies have no direction in common."""
-        decided = self._majority.direction().num_nonzeros
-        if not decided or not cosines:
-            return None
-        median = statistics.median(cosines)
-        return self._rule.min_cosine * median if median > _NOISE / math.sqrt(decided) else None
+                self._silence(entry)
 
 
 def take_screened(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -90,6 +91,65 @@ def test_others_are_left_alone(family, tmp_path):
     assert alive(os.getpid())
     other.end()
     assert not alive(pid)
+
+
+def test_who_got_the_id_of_a_session_that_was_is_left_alone(family, tmp_path, monkeypatch):
+    family.start([sys.executable, "-c", "pass"], tmp_path / "log").wait()
+    (session,) = family._sessions
+    time.sleep(0.05)  # births are known to a hundredth of a second
+    other = ProcessFamily({"PATH": os.environ["PATH"]}, tmp_path)
+    other.start(script("b"), tmp_path / "log")
+    pid = wait_for(tmp_path / "b")
+    really = os.getsid
+    monkeypatch.setattr(os, "getsid", lambda of: session if of == pid else really(of))
+    assert not family.members()
+    family.end()
+    assert alive(pid)
+    monkeypatch.undo()
+    other.end()
+    assert not alive(pid)
+
+
+# In a namespace of its own, where the next id can be chosen: a member's session ends, and a
+# stranger gets its id, for itself and for its session.
+_SAME_ID = """
+import os, pathlib, subprocess, sys, time
+import psutil
+from compeft_fl.app.processes import ProcessFamily
+
+family = ProcessFamily(dict(os.environ), pathlib.Path(sys.argv[1]))
+child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'pass'])"
+first = family.start([sys.executable, "-c", child], pathlib.Path(sys.argv[1]) / "log")
+while family.members():
+    time.sleep(0.01)
+first.wait()
+time.sleep(0.05)
+pathlib.Path("/proc/sys/kernel/ns_last_pid").write_text(str(first.pid - 1))
+stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
+assert stranger.pid == first.pid == os.getsid(stranger.pid), (stranger.pid, first.pid)
+assert first.pid in family._sessions
+family.end()
+print("spared" if stranger.poll() is None else "ended")
+stranger.kill()
+"""
+
+
+def test_a_stranger_with_the_very_id_of_a_member_is_left_alone(tmp_path):
+    own = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    can = "echo 4000 > /proc/sys/kernel/ns_last_pid"
+    try:
+        done = subprocess.run([*own, "sh", "-c", can], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if done.returncode != 0:
+        pytest.skip("no namespaces for this user here")
+    done = subprocess.run(
+        [*own, sys.executable, "-c", _SAME_ID, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "spared\n", done.stderr
 
 
 def test_a_descendant_is_found_by_its_program(family, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.atomic import replacing
-from compeft_fl.errors import StateError
+from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.task_vector import Layout, TensorSpec
 
@@ -30,6 +30,7 @@ __all__ = ["NOTHING", "NodeState", "StateFile", "state_folder"]
 NOTHING = -1  # the version of what has never been
 _FORMAT = "compeft-fl node state 1"
 _FILE = "state.safetensors"
+_MAX_VERSION = 2**63 - 1
 
 Residual = NDArray[np.float32] | None
 
@@ -154,19 +155,12 @@ class StateFile:
             raise StateError(f"expected {_FORMAT!r} in {self.path}, found {told.get('format')!r}")
         if told.get("checksum") != _checksum(told, arrays):
             raise StateError(f"{self.path} is damaged: its checksum differs")
-        tensors = json.loads(told["layout"])
-        if not tensors:
-            return NodeState()
-        layout = Layout(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in tensors)
-        shared = arrays.get("shared")
-        return NodeState(
-            layout,
-            None if shared is None else Replica(layout, shared, int(told["version"])),
-            arrays.get("residual"),
-            int(told["taken"]),
-            arrays.get("next_residual"),
-            int(told["trained"]),
-        )
+        try:
+            return _state_of(told, arrays)
+        except (
+            CompeftError, KeyError, TypeError, ValueError, OverflowError, RecursionError,
+        ) as error:  # fmt: skip
+            raise StateError(f"{self.path} is none of this program's: {error!r}") from None
 
     def save(self, state: NodeState) -> None:
         """Replace the file: after a crash at any moment there is the old state or the new one.
@@ -210,6 +204,32 @@ class StateFile:
 def state_folder(root: Path, run: str, node: str) -> Path:
     """The folder of one node in one run: names become safe for a file system, and stay apart."""
     return root / _safe(run) / _safe(node)
+
+
+def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> NodeState:
+    """The state that a file says, whose checksum is right; any error where it makes no sense."""
+    tensors = json.loads(told["layout"])
+    if not tensors:
+        return NodeState()
+    layout = Layout(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in tensors)
+    for name, array in arrays.items():
+        if array.dtype != np.float32 or array.shape != (layout.num_parameters,):
+            raise ValueError(
+                f"expected {layout.num_parameters} float32 values under {name!r}, "
+                f"found {array.dtype} {array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"expected finite values under {name!r}, found NaN or Inf")
+    version, taken, trained = (int(told[key]) for key in ("version", "taken", "trained"))
+    if min(version, taken, trained) < NOTHING or max(version, taken, trained) > _MAX_VERSION:
+        raise ValueError(f"expected versions, found {version}, {taken} and {trained}")
+    shared = arrays.get("shared")
+    if shared is not None and version == NOTHING:
+        raise ValueError("expected a version with the adapter, found none")
+    replica = None if shared is None else Replica(layout, shared, version)
+    return NodeState(
+        layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained
+    )
 
 
 def _safe(name: str) -> str:
