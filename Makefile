@@ -18,13 +18,19 @@ PEERS := build/peers
 BITSANDBYTES := 0.50.2
 MERGEKIT := 0.1.5
 
+# Optional, for `make fuzz`; it has no build for every Python.
+ATHERIS_VERSION := 3.0.0
+ATHERIS := build/atheris-$(ATHERIS_VERSION)
+
+NEWEST := build/newest
+
 # pip's -qq leaves errors only.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy test check lint types proto proto-check bench bench-full bench-core \
-  bench-scale bench-robustness peers fuzz faults clean
+.PHONY: help install run deploy test test-newest check lint types proto proto-check bench bench-full \
+  bench-core bench-scale bench-robustness peers fuzz faults clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -83,11 +89,35 @@ $(PROTOC)/.installed: | $(INSTALLED)
 	  $(call fail,pip could not install grpcio-tools $(GRPCIO_TOOLS): see above)
 	@touch $@
 
-faults: $(INSTALLED) ## kill processes of real runs, and resume them
-	@$(BIN)/python -m pytest -m "faults or deploy" $(ARGS)
+test-newest: $(NEWEST)/.installed ## run the tests with the newest flwr in place of the pinned one
+	@$(NEWEST)/bin/python -m pytest $(ARGS)
 
-fuzz: $(INSTALLED) ## 10^5 inputs and more to all that reads bytes from elsewhere
-	@$(BIN)/python simulations/fuzz.py $(ARGS)
+# A venv that has what .venv has, and in front of it the newest flwr with what that asks for.
+$(NEWEST)/.installed: $(INSTALLED)
+	@rm -rf $(NEWEST) && $(BIN)/python -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -c 'import pathlib, sysconfig; \
+	  base = next(pathlib.Path("$(CURDIR)/$(VENV)/lib").glob("python*/site-packages")); \
+	  target = pathlib.Path(sysconfig.get_path("purelib"), "base.pth"); \
+	  target.write_text(f"import site; site.addsitedir({str(base)!r})\n")'
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(NEWEST)/bin/python -m pip install -qq --upgrade \
+	  --upgrade-strategy only-if-needed 'flwr[simulation]>=1.40' || \
+	  $(call fail,pip could not install the newest flwr: see above)
+	@$(NEWEST)/bin/python -c 'import importlib.metadata as m; print("flwr", m.version("flwr"))'
+	@touch $@
+
+faults: $(INSTALLED) ## kill processes of real runs, break files and disks, and see what is left
+	@COMPEFT_FL_FAULTS_TABLE=build/faults.md \
+	  $(BIN)/python -m pytest -m "faults or slow_faults or deploy" $(ARGS)
+	@echo "what was seen: build/faults.md"
+
+fuzz: $(ATHERIS)/.tried ## 10^5 inputs and more to all that reads bytes from elsewhere
+	@$(BIN)/python simulations/fuzz.py --atheris $(ATHERIS) $(ARGS)
+
+$(ATHERIS)/.tried: | $(INSTALLED)
+	@mkdir -p $(ATHERIS)
+	@$(PIP) --no-deps --only-binary :all: --target $(ATHERIS) atheris==$(ATHERIS_VERSION) || \
+	  echo "compeft-fl: atheris does not install here: fuzzing without it" >&2
+	@touch $@
 
 bench: $(INSTALLED) $(PEERS)/.installed ## the quick benchmarks: codecs, merging, bandwidth, learning (ARGS="--out DIR")
 	@for bench in codecs merge bandwidth learning; do \

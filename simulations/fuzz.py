@@ -1,89 +1,57 @@
 """Fuzzing of what reads bytes from elsewhere: ``make fuzz``, or ``python simulations/fuzz.py``.
 
-Hypothesis makes the inputs: valid ones, changed in bytes, or changed in the fields of the message
-under a checksum that is right. Each must be read, or be rejected by an error of
-`compeft_fl.errors`; anything else, and more memory than the limit that this program sets itself, is
-a failure. ``--out DIR`` writes fuzz.md there.
+Three sources of inputs. A seeded generator changes valid ones, for each codec, a node's state,
+checkpoints and partial sums (`simulations/fuzz_targets.py`): the bulk. Hypothesis makes messages of
+any field values under a checksum that is right, and any bytes. Atheris, where it is installed, is
+guided by the code that an input reaches (`simulations/fuzz_guided.py`). Each input must be read, or
+be rejected by an error of `compeft_fl.errors`; anything else, and more memory than the limit that
+this program sets itself, is a failure. ``--out DIR`` writes fuzz.md there.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import datetime
+import logging
 import math
 import platform
+import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-import compeft_fl as cf
-from compeft_fl import codecs
-from compeft_fl.errors import CompeftError
-from compeft_fl.exchange.downlink import Replica
-from compeft_fl.exchange.node_state import NodeState, StateFile
-from compeft_fl.records import to_arrays
-from compeft_fl.strategies import Checkpoint, CheckpointFolder
-from compeft_fl.wire.messages import seal
-from compeft_fl.wire.v1 import update_pb2
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import fuzz_targets  # noqa: E402
+from fuzz_targets import Target  # noqa: E402
+
+import compeft_fl as cf  # noqa: E402
+from compeft_fl import codecs  # noqa: E402
+from compeft_fl.errors import CompeftError  # noqa: E402
+from compeft_fl.wire.messages import seal  # noqa: E402
+from compeft_fl.wire.v1 import update_pb2  # noqa: E402
 
 LIMIT = 1 << 30  # bytes of address space beyond what the program has when it begins
-LAYOUT = cf.Layout([cf.TensorSpec("a", (30, 7)), cf.TensorSpec("b", (501,), "bf16")])
+STRUCTURED_SHARE = 0.5  # of the inputs of a target, for those that hypothesis makes
 
 Counts = collections.Counter[str]
-Target = Callable[[bytes], object]
+Row = tuple[str, int, float, Counts]
 
 
-def valid_blobs() -> list[bytes]:
-    """One update per codec and way to name the layout."""
-    values = np.random.default_rng(0).standard_normal(LAYOUT.num_parameters).astype(np.float32)
-    update = cf.compress(cf.TaskVector(LAYOUT, values), 0.2).with_scales([0.5, 0.25])
-    return [
-        cf.encode(update, name, layout_by_id=by_id, metadata={"key": "value"}, base_version=3)
-        for name in codecs.names()
-        for by_id in (False, True)
-    ]
-
-
-def mutations(originals: list[bytes]) -> st.SearchStrategy[bytes]:
-    """An original with some bytes changed, cut out, doubled or put in."""
-
-    @st.composite
-    def mutate(draw: st.DrawFn) -> bytes:
-        data = bytearray(draw(st.sampled_from(originals)))
-        for _ in range(draw(st.integers(1, 4))):
-            at = draw(st.integers(0, max(0, len(data) - 1)))
-            kind = draw(st.integers(0, 4))
-            if kind == 0 and data:
-                data[at] ^= 1 << draw(st.integers(0, 7))
-            elif kind == 1:
-                data[at : at + draw(st.integers(1, 40))] = b""
-            elif kind == 2:
-                data[at:at] = draw(st.binary(max_size=16))
-            elif kind == 3:
-                data[at:at] = data[at : at + draw(st.integers(1, 40))]
-            else:
-                data = data[:at]
-        return bytes(data)
-
-    return mutate()
-
-
-def resealed(originals: list[bytes]) -> st.SearchStrategy[bytes]:
-    """Bytes changed under a checksum that is right: the sender is hostile."""
-    return mutations([blob[:-5] for blob in originals]).map(seal)
+class FoundError(Exception):
+    """An input that was neither read nor rejected."""
 
 
 def hostile_messages() -> st.SearchStrategy[bytes]:
@@ -133,58 +101,32 @@ def hostile_messages() -> st.SearchStrategy[bytes]:
     return message()
 
 
-def read_update(blob: bytes) -> object:
-    """All the ways in which an update is read."""
-    with contextlib.suppress(CompeftError):
-        cf.decode(blob, layout=LAYOUT)
-    accumulator = cf.Ties(layout=LAYOUT)
-    with contextlib.suppress(CompeftError):
-        accumulator.add(blob)
-        accumulator.result()
-    return cf.decode(blob)
+def attempt(target: Callable[[bytes], object], content: bytes, outcomes: Counts) -> None:
+    """Read one input and count the outcome."""
+    try:
+        target(content)
+    except CompeftError as error:
+        outcomes[type(error).__name__] += 1
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        shown = content if len(content) < 4000 else content[:4000] + b"..."
+        raise FoundError(f"{type(error).__name__}: {error}; the input: {shown!r}") from error
+    else:
+        outcomes["read"] += 1
 
 
-def state_target(folder: Path) -> tuple[bytes, Target]:
-    """A node's state file, and what reads it."""
-    file = StateFile(folder)
-    values = np.random.default_rng(1).standard_normal((3, LAYOUT.num_parameters)).astype("f4")
-    with file.locked():
-        file.save(NodeState(LAYOUT, Replica(LAYOUT, values[0], 4), values[1], 3, values[2], 4))
-
-    def read(content: bytes) -> object:
-        file.path.write_bytes(content)
-        return file.load()
-
-    return file.path.read_bytes(), read
+def changed(target: Target, count: int, seed: int) -> Counts:
+    """Try ``count`` inputs of a target."""
+    outcomes: Counts = collections.Counter()
+    source = random.Random(f"{seed} {target.name}")
+    for _ in range(count):
+        attempt(target.read, target.make(source), outcomes)
+    return outcomes
 
 
-def checkpoint_target(folder: Path) -> tuple[bytes, Target]:
-    """A server's checkpoint, and what reads it."""
-    import random
-
-    checkpoints = CheckpointFolder(folder)
-    shared = np.ones(6, np.float32)
-    checkpoints.save(
-        Checkpoint(
-            server_round=2,
-            arrays=to_arrays({"w": shared.reshape(2, 3)}),
-            exchange={"version": 1, "shared": shared, "log": {1: b"delta"}, "nodes": {}},
-            strategy={"momentum": {"value": shared}},
-            history={},
-            random_state=random.getstate(),
-        )
-    )
-    (path,) = checkpoints.files()
-
-    def read(content: bytes) -> object:
-        path.write_bytes(content)
-        return checkpoints.load()
-
-    return path.read_bytes(), read
-
-
-def fuzz(inputs: st.SearchStrategy[bytes], target: Target, count: int, seed: int) -> Counts:
-    """Try ``count`` inputs; how often each outcome was seen."""
+def structured(inputs: st.SearchStrategy[bytes], count: int, seed: int) -> Counts:
+    """Try ``count`` updates that hypothesis makes."""
     outcomes: Counts = collections.Counter()
 
     @settings(
@@ -195,74 +137,95 @@ def fuzz(inputs: st.SearchStrategy[bytes], target: Target, count: int, seed: int
         suppress_health_check=list(HealthCheck),
     )
     @given(inputs)
-    def attempt(content: bytes) -> None:
-        try:
-            target(content)
-        except CompeftError as error:
-            outcomes[type(error).__name__] += 1
-        else:
-            outcomes["read"] += 1
+    def try_one(content: bytes) -> None:
+        attempt(fuzz_targets.read_update, content, outcomes)
 
-    from hypothesis import seed as seeded
-
-    seeded(seed)(attempt)()
+    seeded(seed)(try_one)()
     return outcomes
 
 
+def guided(count: int, seed: int, packages: Path | None) -> Counts | None:
+    """Try ``count`` updates that atheris makes, in a process of its own; None: not installed."""
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_guided.py"))]
+    command += [str(count), str(seed), str(LIMIT), str(packages or "")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("outcome ")]
+    if done.returncode != 0 or not lines:
+        raise FoundError((done.stdout + done.stderr)[-4000:])
+    found: Counts = collections.Counter()
+    for line in lines:
+        _, name, number = line.split()
+        found[name] = int(number)
+    return found
+
+
+def runs(
+    folder: Path, inputs: int, seed: int, packages: Path | None
+) -> Iterator[tuple[str, Callable[[], Counts | None]]]:
+    """Each run's name, and what runs it."""
+    targets = [
+        *fuzz_targets.update_targets(),
+        fuzz_targets.state_target(folder / "state"),
+        fuzz_targets.checkpoint_target(folder / "checkpoints"),
+        *fuzz_targets.partial_targets(),
+    ]
+    for target in targets:
+        yield f"{target.name}: changed", lambda target=target: changed(target, inputs, seed)
+    few = max(1, int(STRUCTURED_SHARE * inputs))
+    yield "update: hostile fields (hypothesis)", lambda: structured(hostile_messages(), few, seed)
+    yield "update: any bytes (hypothesis)", lambda: structured(st.binary(max_size=400), few, seed)
+    yield "update: guided by coverage (atheris)", lambda: guided(inputs, seed, packages)
+
+
 def main() -> int:
-    """Run all targets; exit code 1 where one fails."""
+    """Run all; exit code 1 where one fails."""
     parser = argparse.ArgumentParser(description="Fuzz what reads bytes from elsewhere.")
-    parser.add_argument("--inputs", type=int, default=30_000, help="inputs for each target")
+    parser.add_argument("--inputs", type=int, default=20_000, help="inputs for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder for fuzz.md")
+    parser.add_argument("--atheris", type=Path, help="a folder that atheris is installed in")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)  # a damaged checkpoint is logged each time
 
-    blobs = valid_blobs()
-    read_update(blobs[0])  # compiles, before the limit
-    cf.merge(blobs[::2], cf.Ties())
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + LIMIT, held + LIMIT))
-
+    for name in codecs.names():  # compiles, before the limit
+        for blob in fuzz_targets.valid_updates(name):
+            fuzz_targets.read_update(blob)
+    rows: list[Row] = []
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
-        state, read_state = state_target(Path(folder) / "state")
-        checkpoint, read_checkpoint = checkpoint_target(Path(folder) / "checkpoints")
-        targets: dict[str, tuple[st.SearchStrategy[bytes], Target]] = {
-            "update, any bytes": (st.binary(max_size=400), read_update),
-            "update, changed bytes": (mutations(blobs), read_update),
-            "update, changed bytes, right checksum": (resealed(blobs), read_update),
-            "update, hostile fields, right checksum": (hostile_messages(), read_update),
-            "a node's state, changed bytes": (mutations([state]), read_state),
-            "a checkpoint, changed bytes": (mutations([checkpoint]), read_checkpoint),
-        }
-        rows, failed = [], False
-        import logging
-
-        logging.disable(logging.CRITICAL)  # a damaged checkpoint is logged each time
-        for name, (inputs, target) in targets.items():
-            started = time.perf_counter()
+        every = list(runs(Path(folder), arguments.inputs, arguments.seed, arguments.atheris))
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + LIMIT, held + LIMIT))
+        for name, run in every:
+            started = time.process_time()
             try:
-                outcomes = fuzz(inputs, target, arguments.inputs, arguments.seed)
-            except (Exception, DecodeError) as error:  # what no reader may raise
+                outcomes = run()
+            except FoundError as error:
                 failed = True
-                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"{name}: {error}", file=sys.stderr)
                 continue
-            seconds = time.perf_counter() - started
-            rows.append((name, sum(outcomes.values()), seconds, outcomes))
-    _show(rows, arguments.out)
+            if outcomes is None:
+                print(f"{name}: not installed, left out", file=sys.stderr)
+                continue
+            rows.append((name, outcomes.total(), time.process_time() - started, outcomes))
+    show(rows, arguments.out)
     return 1 if failed else 0
 
 
-def _show(rows: list[tuple[str, int, float, Counts]], out: Path | None) -> None:
-    total = sum(row[1] for row in rows)
+def show(rows: list[Row], out: Path | None) -> None:
+    """Print the table; write it where asked."""
     title = (
-        f"{total:,} inputs, at most {LIMIT >> 20} MiB of memory beyond the start; "
+        f"{sum(row[1] for row in rows):,} inputs, at most {LIMIT >> 20} MiB of memory beyond the "
+        f"start, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB resident; "
         f"compeft-fl {cf.__version__}, {platform.machine()}, {datetime.date.today()}"
     )
     table = Table(title=title)
-    for column in ("target", "inputs", "seconds", "outcomes"):
-        table.add_column(column, justify="right" if column in {"inputs", "seconds"} else "left")
-    lines = [f"{title}\n", "| target | inputs | seconds | outcomes |", "|---|---|---|---|"]
+    for column in ("target", "inputs", "CPU s", "outcomes"):
+        table.add_column(column, justify="right" if column in {"inputs", "CPU s"} else "left")
+    lines = [f"{title}\n", "| target | inputs | CPU s | outcomes |", "|---|---:|---:|---|"]
     for name, count, seconds, outcomes in rows:
         seen = ", ".join(f"{each} {number:,}" for each, number in outcomes.most_common())
         table.add_row(name, f"{count:,}", f"{seconds:.0f}", seen)

@@ -5,8 +5,11 @@ Everything is offline, and what is made once a session is left as it was by ever
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +99,34 @@ def minilm():
     config = AppConfig(limit_rows=48, device="cpu", head="linear")
     rows = data.load(config)
     return config, rows, model.build(config, rows)
+
+
+_FAULTS: list[tuple[str, str, str]] = []
+
+
+@pytest.fixture(scope="session")
+def fault_seen():
+    """Called by a test that has seen a fault through: what it was, what is logged, what follows.
+
+    `make faults` makes a table of them: the file that COMPEFT_FL_FAULTS_TABLE names.
+    """
+    return lambda fault, said, outcome: _FAULTS.append((fault, said, outcome))
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    path = os.environ.get("COMPEFT_FL_FAULTS_TABLE")
+    if not path or not _FAULTS:
+        return
+    import compeft_fl
+
+    lines = [
+        f"Written by `make faults`: compeft-fl {compeft_fl.__version__}, {platform.machine()}, "
+        f"{datetime.date.today()}. Each row is a test that has passed up to there.\n",
+        "| fault | what is logged | what comes of it |",
+        "|---|---|---|",
+    ]
+    for fault, said, outcome in _FAULTS:
+        plain = re.sub(r"(?<![\w.])/(?:[^/\s:]+/)+", "", said)  # where it lay is of no use
+        lines.append(f"| {fault} | `{plain}` | {outcome} |".replace("\n", " "))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -18,6 +19,7 @@ from compeft_fl.strategies import (
     ComPEFTTies,
     Compressed,
 )
+from strategies import checkpoint
 
 
 class Killed(BaseException):
@@ -94,6 +96,31 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     oldest.write_bytes(b"")
     with pytest.raises(StateError, match="none that is whole"):
         folder.load()
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["[", "[" * 100_000, "{}", "[]", '{"round": -1}', '{"random": [3, [1, 2], null]}',
+     '{"random": 5}', '{"history": []}', '{"history": {"train": 3}}', '{"exchange": 7}',
+     '{"exchange": {"items": [["log", {"items": [["one", 1]]}]]}}', '{"arrays": {"": "none"}}'],
+    ids=lambda told: told[:40],
+)  # fmt: skip
+def test_nonsense_under_a_right_checksum(told, tmp_path, caplog):
+    from safetensors.numpy import load, save
+
+    folder = CheckpointFolder(tmp_path)
+    start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))
+    (file,) = folder.files()
+    content = file.read_bytes()
+    arrays = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    if told.startswith("{") and told != "{}":
+        told = json.dumps(json.loads(header["told"]) | json.loads(told))
+    header["told"], header["checksum"] = told, checkpoint._checksum(told, arrays)
+    file.write_bytes(save(arrays, metadata=header))
+    with pytest.raises(StateError, match="none that is whole"):
+        folder.load()
+    assert "is none of this program's" in caplog.text
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 import compeft_fl as cf
 from compeft_fl.errors import StateError
+from compeft_fl.exchange import node_state
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.exchange.node_state import NOTHING, NodeState, StateFile, state_folder
 
@@ -114,6 +116,38 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         else:  # a bit of the header's own form (a space, say), which says the same
             assert same(found, full_state()), place
         content[place] ^= bit
+
+
+HOSTILE = {
+    "no JSON": ({"layout": "["}, {}),
+    "deep JSON": ({"layout": "[" * 100_000}, {}),
+    "no such dtype": ({"layout": '[["a", [500], "f99"]]'}, {}),
+    "a negative shape": ({"layout": '[["a", [-500], "f32"]]'}, {}),
+    "another size": ({"layout": '[["a", [499], "f32"]]'}, {}),
+    "no number": ({"version": "seven"}, {}),
+    "a long number": ({"version": "9" * 5000}, {}),
+    "no such version": ({"taken": "-3"}, {}),
+    "an adapter of no version": ({"version": "-1"}, {}),
+    "another data type": ({}, {"residual": values(1).astype(np.float64)}),
+    "another shape": ({}, {"residual": values(1).reshape(5, 100)}),
+    "NaN": ({}, {"shared": np.full(D, np.nan, np.float32)}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_nonsense_under_a_right_checksum(tmp_path, what):
+    from safetensors.numpy import save
+
+    told_else, arrays_else = HOSTILE[what]
+    layout = json.dumps([(t.name, t.shape, t.dtype) for t in LAYOUT.tensors])
+    told = {"format": node_state._FORMAT, "layout": layout, "version": "7", "taken": "5"}
+    told |= {"trained": "7"} | told_else
+    arrays = {"shared": values(0), "residual": values(1), "next_residual": values(2)} | arrays_else
+    told["checksum"] = node_state._checksum(told, arrays)
+    file = StateFile(tmp_path)
+    file.path.write_bytes(save(arrays, metadata=told))
+    with pytest.raises(StateError, match=r"state\.safetensors is none of this program's"):
+        file.load()
 
 
 def test_a_replica_of_another_adapter_leaves_nothing_else():
