@@ -277,6 +277,16 @@ def test_the_golden_files_have_several_block_sizes_and_empty_blocks():
     assert len({b for body in bodies for b in body.rice_parameters}) >= 7
 
 
+def test_the_golden_files_have_codes_with_and_without_learning():
+    bodies = [
+        update_pb2.Update.FromString(blob).context
+        for case in MANIFEST["cases"]
+        for blob in blobs_of(case)
+        if "context" in case["codec"]
+    ]
+    assert {body.flat for body in bodies if body.code} == {False, True}
+
+
 # --- any update -------------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -84,6 +84,13 @@ def hostile_sizes():
             else:
                 message.golomb.block_nonzeros[:] = [value, value]
             yield message, None
+    for d in HUGE:  # where a layout is expected, its parameters may take memory
+        for count in (0, 1, d, d + 1, 2**64 - 1):
+            message = claiming(d, "context")
+            message.context.num_nonzeros = count
+            yield message, None
+            message.context.num_nonzeros = max(count, d + 1)
+            yield message, cf.Layout([cf.TensorSpec("lora_A", (d,))])
     for d in HUGE:  # all tables are as they must be for one block; there are more
         message = claiming(d, "golomb")
         message.golomb.block_nonzeros[:] = [2**24]
@@ -95,6 +102,7 @@ def test_large_numbers_in_small_messages_take_no_memory():
     cf.decode(seal(valid()))  # what a first call imports and compiles is not counted
     cf.decode(seal(valid("bitmask")))
     cf.decode(seal(valid("dense")))
+    cf.decode(seal(valid("context")))
     for message, layout in hostile_sizes():
         blob = seal(message)
         tracemalloc.start()
@@ -109,6 +117,14 @@ def test_large_numbers_in_small_messages_take_no_memory():
 
 def test_memory_follows_what_arrived():
     """A megabyte of each list is rejected within a few megabytes."""
+    context = valid("context")
+    context.context.code = b"\x55" * 1_000_000
+    tracemalloc.start()
+    try:
+        error_of(cf.decode, seal(context))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
     for field, value in (
         ("scales", [1.0] * 250_000),
         ("block_nonzeros", [1] * 1_000_000),
