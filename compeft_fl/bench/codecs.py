@@ -33,7 +33,7 @@ _FAST: Final = ("compeft-golomb", "compeft-bitmask")  # and in memory of 8 GiB
 _QUICK: Final = ("t5-base-ia3", "t5-base-r16", HEADLINE)
 _SLOW: Final = 2_000_000  # the quick set leaves bitsandbytes out of what is larger than this
 
-_MINUTES: Final = {None: 12, "adapters": 8, "flowertune": 4}
+_MINUTES: Final = {None: 10, "adapters": 6, "flowertune": 4}
 
 Row = dict[str, Any]
 
@@ -74,6 +74,7 @@ def _adapters(options: argparse.Namespace, command: str) -> None:
         for name, tau in real.items():
             progress.step(name, _weight(tau.num_parameters))
             rows += rows_of(tau, name, REAL, options.quick)
+            results.write_csv(options.out / "codecs.csv", rows)  # what a stopped run leaves
         for name in chosen:
             layout = layouts.get(name).layout
             progress.step(name, _weight(layout.num_parameters))
@@ -81,6 +82,7 @@ def _adapters(options: argparse.Namespace, command: str) -> None:
             rows += rows_of(tau, name, "synthetic", options.quick)
             if name.removesuffix("-r64") in layouts.LLAMA:
                 paper += table1.rows_of(tau, name.removesuffix("-r64"))
+            results.write_csv(options.out / "codecs.csv", rows)
     _write(options.out, command, rows)
     if paper:
         table1.write(options.out, command, paper)
