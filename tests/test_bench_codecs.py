@@ -170,7 +170,6 @@ def test_the_torch_path_gives_the_same_bytes_on_a_gpu():
 
 
 def test_every_size_of_the_papers_table_is_that_of_a_density():
-    """But one: LLaMA-7B on Self-Instruct at 0.03 GB is density 0.5, 0.028."""
     for model, (_, printed) in table1.PAPER.items():
         d = layouts.get(f"{model}-r64").layout.num_parameters
         fitting = [table1.datasets_of(model, density, d) for density in table1.DENSITIES]

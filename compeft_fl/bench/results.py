@@ -107,7 +107,8 @@ def show_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) 
     table = Table(title=title, caption=machine(), title_justify="left", caption_justify="left")
     for index, head in enumerate(heads):
         numeric = all(row[index][:1].isdigit() or row[index] in ("", "-") for row in rows)
-        table.add_column(head, justify="right" if numeric else "left")
+        justify: Any = "right" if numeric else "left"
+        table.add_column(head, justify=justify, no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
