@@ -128,8 +128,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, show and write all; see `compeft_fl.bench.command`."""
     out: Path = options.out
     command = "compeft-fl bench merge" + (" --quick" if options.quick else "")
-    layout, count = ("t5-base-r16", 8) if options.quick else ("mistral-7b-r32", 10)
-    minutes = "about half a minute" if options.quick else "about 3 minutes"
+    layout, count = ("t5-base-r16", 8) if options.quick else ("t5-large-r16", 20)
+    minutes = "about half a minute" if options.quick else "about 2 minutes"
     results.say(f"{command}: {minutes} on two cores; results: {out}")
     why = packages.why_missing("mergekit")
     if why:
