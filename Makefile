@@ -17,6 +17,7 @@ GENERATED := compeft_fl/wire/v1/update_pb2.py compeft_fl/wire/v1/update_pb2.pyi
 PEERS := build/peers
 BITSANDBYTES := 0.50.2
 MERGEKIT := 0.1.5
+PEERS_INSTALLED := $(PEERS)/.installed-$(BITSANDBYTES)-$(MERGEKIT)
 
 # Optional, for `make fuzz`; it has no build for every Python.
 ATHERIS_VERSION := 3.0.0
@@ -130,9 +131,9 @@ bench-full: $(INSTALLED) $(PEERS)/.installed ## the same in full: about two hour
 bench-core: $(INSTALLED) ## compression and merging against their bounds
 	@$(BIN)/python simulations/bench_core.py $(ARGS)
 
-peers: $(PEERS)/.installed ## get bitsandbytes and mergekit, for benchmarks alone, into build/peers
+peers: $(PEERS_INSTALLED) ## get bitsandbytes and mergekit, for benchmarks alone, into build/peers
 
-$(PEERS)/.installed: Makefile | $(INSTALLED)
+$(PEERS_INSTALLED): | $(INSTALLED)
 	@$(PIP) --no-deps --upgrade --target $(PEERS) \
 	  bitsandbytes==$(BITSANDBYTES) mergekit==$(MERGEKIT) || \
 	  $(call fail,pip could not install bitsandbytes and mergekit: see above)
