@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import json
@@ -134,9 +135,10 @@ def test_a_run_with_tls_completes_and_leaves_nothing(tiny_data: Path, tiny_model
     def on_event(event: dict) -> None:
         for child in psutil.Process().children(recursive=True):
             processes.add(child)
-            listening.update(
-                c.laddr.port for c in child.net_connections("tcp") if c.status == "LISTEN"
-            )
+            with contextlib.suppress(psutil.NoSuchProcess):  # a client that has ended meanwhile
+                listening.update(
+                    c.laddr.port for c in child.net_connections("tcp") if c.status == "LISTEN"
+                )
 
     outcome = deploy(scenario, tmp_path, on_event, link=Link())
     assert outcome.completed, outcome.detail + _logs(tmp_path)
@@ -204,6 +206,7 @@ def test_a_warm_client_is_the_real_one(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "--token" in done.stderr
         assert server.poll() is None
+        psutil.wait_procs(psutil.Process(server.pid).children(recursive=True))  # all end
     finally:
         server.terminate()
         server.communicate()

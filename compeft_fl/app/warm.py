@@ -11,6 +11,8 @@ A fork sees the ``compeft_fl`` that is installed, also where an app's bundle bri
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import select
@@ -20,12 +22,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 __all__ = ["PROGRAM", "THREADS", "load_kernels", "run", "serve", "write_program"]
 
@@ -133,8 +136,8 @@ def run(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def serve(address: Path) -> int:
-    """Import what clients need, then fork one for each request; return only in the forks.
+def serve(address: Path) -> NoReturn:
+    """Import what clients need, then fork one for each request, until the process is ended.
 
     Parameters
     ----------
@@ -153,11 +156,17 @@ def serve(address: Path) -> int:
                 _prepare(os.read(news, _PIPE_BYTES).splitlines()[-1])
             if listener.fileno() in ready:
                 connection, _ = listener.accept()
+                # What a fork inherits is no garbage: to look through it costs seconds, and memory.
+                gc.freeze()
                 if os.fork() == 0:
                     listener.close()
                     os.close(news)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    return _answer(connection, news_of_forks, default_threads)
+                    code = 1
+                    try:
+                        code = _answer(connection, news_of_forks, default_threads)
+                    finally:
+                        os._exit(code)  # see `_client`
                 connection.close()
 
 
@@ -213,7 +222,7 @@ def _answer(connection: socket.socket, news: int, default_threads: int) -> int:
         os.close(alive)
         for descriptor, number in zip(descriptors, (1, 2), strict=True):
             os.dup2(descriptor, number)
-        return _client(arguments, environment, folder, news, default_threads)
+        _client(arguments, environment, folder, news, default_threads)
     os.close(alive_of_client)
     connection.sendall(_ACCEPTED)
     ready, _, _ = select.select([connection.fileno(), alive], [], [])
@@ -235,8 +244,8 @@ def _client(
     folder: str,
     news: int,
     default_threads: int,
-) -> int:
-    """Be ``flwr-clientapp``."""
+) -> NoReturn:
+    """Be ``flwr-clientapp``, and end the process."""
     sys.argv[:] = arguments
     os.environ.clear()
     os.environ.update(environment)
@@ -246,11 +255,22 @@ def _client(
 
         with suppress(ValueError):
             torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", default_threads)))
+    code: object = 1
     try:
-        result = _entry_point()()
+        code = _entry_point()()
+    except SystemExit as stop:
+        code = stop.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         _tell(news)
-    return result if isinstance(result, int) else 0
+        # Python's own end would take apart all that was inherited: two seconds, for nothing.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _tell(news: int) -> None:
@@ -274,4 +294,4 @@ def _prepare(line: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(Path(sys.argv[1])))
+    serve(Path(sys.argv[1]))
