@@ -6,8 +6,12 @@ goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +166,7 @@ def run_plan(
     logs = out / FOLDER
     logs.mkdir(exist_ok=True)
     with (
+        _ended_in_order(),
         Deployment(logs, num_nodes=plan.nodes, link=Link()) as deployment,
         (out / ROUNDS_FILE).open("a", encoding="utf-8") as file,
     ):
@@ -187,6 +192,19 @@ def run_plan(
             done.append(measured)
             on_round(measured)
     return done
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Make SIGTERM end the deployment as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _follow(
