@@ -107,9 +107,9 @@ $(NEWEST)/.installed: $(INSTALLED)
 	@touch $@
 
 faults: $(INSTALLED) ## kill processes of real runs, break files and disks, and see what is left
-	@COMPEFT_FL_FAULTS_TABLE=build/faults.md \
+	@COMPEFT_FL_FAULTS_TABLE=simulations/results/faults.md \
 	  $(BIN)/python -m pytest -m "faults or slow_faults or deploy" $(ARGS)
-	@echo "what was seen: build/faults.md"
+	@echo "what was seen: simulations/results/faults.md"
 
 fuzz: $(ATHERIS)/.tried ## 10^5 inputs and more to all that reads bytes from elsewhere
 	@$(BIN)/python simulations/fuzz.py --atheris $(ATHERIS) $(ARGS)

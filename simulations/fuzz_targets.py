@@ -18,7 +18,7 @@ import numpy as np
 
 import compeft_fl as cf
 from compeft_fl import codecs, partial
-from compeft_fl.errors import CompeftError
+from compeft_fl.errors import CompeftError, UnknownLayoutError
 from compeft_fl.exchange import node_state
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.partial import decode_partial, encode_partial
@@ -56,14 +56,17 @@ def valid_updates(codec: str) -> list[bytes]:
 
 
 def read_update(blob: bytes) -> object:
-    """All the ways in which an update is read."""
+    """All the ways in which an update is read: with the layout that it names, and a known one."""
     with contextlib.suppress(CompeftError):
-        cf.decode(blob)
+        cf.decode(blob, layout=LAYOUT)
     accumulator = cf.Ties(layout=LAYOUT)
     with contextlib.suppress(CompeftError):
         accumulator.add(blob)
         accumulator.result()
-    return cf.decode(blob, layout=LAYOUT)
+    try:
+        return cf.decode(blob)
+    except UnknownLayoutError:
+        return cf.decode(blob, layout=LAYOUT)
 
 
 def mutated(original: bytes, source: random.Random) -> bytes:

@@ -88,7 +88,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def federate(grid: Grid, observer: RoundCounts, timeout: float) -> np.ndarray:
     strategy = ComPEFTAverage(
-        fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=2, observer=observer
+        fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2, observer=observer
     )
     checkpointing = Checkpointing(CheckpointFolder(folder() / "checkpoints"), resume=True)
     result = strategy.start(

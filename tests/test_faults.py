@@ -1,8 +1,7 @@
 """`make faults`: a whole run, killed with kill -9, and resumed (real processes, Flower and Ray).
 
-The other faults have their tests where the part is: hostile and broken replies in test_strategies
-and test_hostile*, state files in test_node_state, lost and late replies, other starts and layouts,
-killed servers and checkpoints in test_exchange, SuperLinks and SuperNodes in test_deploy.
+Parts of a deployment are killed in test_faults_deployed; broken files and disks, other starts and
+hostile replies are in test_faults_local, and each part's own faults in the part's tests.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "latest" / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(tiny_config, tmp_path):
+def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(tiny_config, tmp_path, fault_seen):
     scenario = tmp_path / "tiny.toml"
     scenario.write_text(
         f"""
@@ -121,3 +120,10 @@ num-supernodes = 2
     summaries = [json.loads((f / "latest" / "summary.json").read_text()) for f in (whole, broken)]
     assert summaries[0]["accuracy"] == summaries[1]["accuracy"]
     assert summaries[0]["uplink_payload_bytes"] == summaries[1]["uplink_payload_bytes"]
+    log = (run / "flower.log").read_text(encoding="utf-8")
+    said = next(line for line in log.splitlines() if "Going on after round" in line)
+    fault_seen(
+        "kill -9 of a whole simulation, `compeft-fl run --resume`",
+        said.partition("Going")[1] + said.partition("Going")[2],
+        "goes on from the checkpoint; the bytes, accuracy and traffic of the undisturbed run",
+    )  # fmt: skip

@@ -150,6 +150,7 @@ def test_the_superlink_is_killed_and_comes_back(tmp_path, in_process, fault_seen
         assert federation.finished(run_id) == "finished:completed", federation.logs()
     np.testing.assert_array_equal(federation.final(), in_process(set()))
     fault_seen(
-        "kill -9 of the SuperLink, restarted on its database", federation.said("Unavailable"),
+        "kill -9 of the SuperLink, restarted on its database",
+        federation.said("Connection to the SuperLink is unavailable").strip("│ "),
         "the run completes; the bytes of the undisturbed run",
     )  # fmt: skip

@@ -228,6 +228,17 @@ def test_a_superlink_that_ends_at_once_is_an_error(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_flower_that_does_not_start_is_a_failed_run(command, tmp_path, monkeypatch, capsys):
+    """Exit code 1 and not 2: nothing is wrong with the arguments."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([command, "rounds=1", "--out", str(tmp_path / "runs")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"compeft-fl {command}: error: flower-superlink is not ")
+    assert "Flower's log: " in err
+
+
 def test_the_last_line_of_a_log_is_plain(tmp_path):
     log = tmp_path / "log"
     assert launch.last_line(log) == ""

@@ -118,6 +118,8 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
     except _Stopped as stopped:
         print(f"stopped; what there is lies in {folder}", file=sys.stderr)
         return _BY_SIGNAL + stopped.number
+    except launch.FlowerError as error:
+        outcome = launch.Outcome(False, str(error))
     if not outcome.completed:
         detail = outcome.detail.removeprefix(f"{ConfigError.__name__}: ")
         print(f"compeft-fl {command}: error: {detail}", file=sys.stderr)
