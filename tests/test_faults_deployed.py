@@ -76,7 +76,7 @@ def test_a_client_s_process_is_killed_in_training(tmp_path, in_process, fault_se
 
 
 def test_a_client_answers_after_the_deadline(tmp_path, in_process, fault_seen):
-    with Federation(tmp_path, timeout=25) as federation:
+    with Federation(tmp_path, timeout=75) as federation:
         hold = federation.hold(0, 2)
         federation.hold(1, 3)
         run_id = federation.submit()
