@@ -210,10 +210,10 @@ def _explained(rounds: Sequence[MeasuredRound], costs: dict[str, CodecCost], nod
         f"At {_FAST:g} Mbit/s and more a round takes {median(more):.1f} s beyond what is computed "
         f"(median of {len(fast)} rounds, {min(more):.1f} to {max(more):.1f}): "
         f"{median(e.waiting for e in fast):.1f} s from the push to a client process (SuperNodes "
-        "ask for messages every 3 s, and take them object by object), "
-        f"{median(e.starting for e in fast):.1f} s for that process to start and the ClientApp to "
-        f"begin, {median(e.returning for e in fast):.1f} s from its end until the server has the "
-        "reply (encoding, the process's end, pushing object by object, the server's looks for "
+        "ask for messages every 3 s), "
+        f"{median(e.starting for e in fast):.1f} s for that process to start, get the message, "
+        f"object by object, and begin, {median(e.returning for e in fast):.1f} s from its end "
+        "until the server has the reply (encoding, the process's end, pushing object by object, the server's looks for "
         "it), all medians of the nodes' means; a round waits for the slowest node. Encoding and "
         f"decoding are {1000 * median(e.codec_seconds for e in fast):.0f} ms of it, with the first "
         "use of the kernels in each process.",
@@ -222,6 +222,14 @@ def _explained(rounds: Sequence[MeasuredRound], costs: dict[str, CodecCost], nod
         "its messages (RPCs with their credentials, TLS, polling; median): at 0.1 Mbit/s that is "
         f"{8 * sum(extra) / 100:.1f} s.",
     ]
+    late = [_beyond(each, costs) for each in near if each not in fast]
+    if late:
+        lines += [
+            "",
+            f"Below {_FAST:g} Mbit/s it is {median(late):.1f} s beyond what is computed (median of "
+            f"{len(late)} rounds, {min(late):.1f} to {max(late):.1f}): whoever waits for an object "
+            "that is still on its way, in Flower, looks again after pauses that double.",
+        ]
     slow = [each for each in rounds if each.point.latency]
     trips = []
     for each in slow:

@@ -79,8 +79,8 @@ class MeasuredRound:
         Encoding and decoding: the server's, and the slowest node's.
     waiting, starting, returning : float
         Means over nodes, in seconds. From the message's push to the birth of the client process;
-        from there until the ClientApp begins; from its end until the server has the reply, which
-        includes encoding.
+        from there until the ClientApp begins, which includes what of the download is left and
+        decoding; from its end until the server has the reply, which includes encoding.
     """
 
     point: LinkPoint
