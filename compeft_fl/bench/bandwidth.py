@@ -213,8 +213,9 @@ def _explained(rounds: Sequence[MeasuredRound], costs: dict[str, CodecCost], nod
         "ask for messages every 3 s), "
         f"{median(e.starting for e in fast):.1f} s for that process to start, get the message, "
         f"object by object, and begin, {median(e.returning for e in fast):.1f} s from its end "
-        "until the server has the reply (encoding, the process's end, pushing object by object, the server's looks for "
-        "it), all medians of the nodes' means; a round waits for the slowest node. Encoding and "
+        "until the server has the reply (encoding, the process's end, pushing object by object, "
+        "the server's looks for it), all medians of the nodes' means; a round waits for the "
+        "slowest node. Encoding and "
         f"decoding are {1000 * median(e.codec_seconds for e in fast):.0f} ms of it, with the first "
         "use of the kernels in each process.",
         "",
