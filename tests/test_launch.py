@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -72,6 +73,16 @@ class Watched:
             except psutil.NoSuchProcess:
                 continue
         return found
+
+    def one(self, argument: str) -> psutil.Process:
+        """The one process that was started with an argument."""
+        found = []
+        for process in list(self.family.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if argument in process.cmdline():
+                    found.append(process)
+        (process,) = found
+        return process
 
     def programs(self) -> int:
         return len(self.family)
@@ -160,12 +171,9 @@ def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
 
 @pytest.mark.ray
 def test_a_run_whose_superlink_dies_says_so_and_leaves_nothing(scenario, tmp_path):
-    run = Watched(str(scenario), folder=tmp_path)
+    run = Watched(str(scenario), "rounds=1000", folder=tmp_path)
     run.wait_for(launch.SUPERLINK_LOG_FILE, "StreamLogs")
-    (superlink,) = [
-        process for process in run.family.values() if "--simulation" in process.cmdline()
-    ]
-    superlink.kill()
+    run.one("--simulation").kill()
     code, _, err = run.end()
     assert code == 1
     assert "error: the SuperLink ended, exit code -9" in err
