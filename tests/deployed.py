@@ -20,6 +20,7 @@ from compeft_fl.app.deploy import Deployment
 
 NODES = 2
 SECONDS = 400.0  # the longest wait for anything
+_LEVEL = re.compile(r"^(INFO|WARNING|ERROR) *: *")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -122,5 +123,5 @@ class Federation:
         """The first line of the logs that has the words; it must be there."""
         for line in self.logs().splitlines():
             if all(word in line for word in words):
-                return line.strip()
+                return _LEVEL.sub("", line.strip())
         raise AssertionError(f"no line with {words} in\n{self.logs()}")

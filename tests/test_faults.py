@@ -19,11 +19,25 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray]
+# Three runs, of half a minute on an idle machine.
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays():
+    """A run that a failed test has left ends in order."""
+    yield
+    for process in _started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate()
+    _started.clear()
 
 
 def start(*arguments: str, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "compeft_fl.cli", "run", *arguments],
         cwd=folder,
         stdin=subprocess.DEVNULL,
@@ -31,6 +45,8 @@ def start(*arguments: str, folder: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    _started.append(process)
+    return process
 
 
 def scored(folder: Path) -> int:
