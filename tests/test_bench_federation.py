@@ -97,3 +97,19 @@ def test_a_run_that_fails_stops_the_sweep_and_says_why(tmp_path):
     assert not job.file(tmp_path).exists()
     with pytest.raises(CompeftError):
         work(job, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["int8-blockwise", "topk-fp16@0.1", "stc@0.05", "signsgd", "qsgd-s16"]
+)
+def test_a_peer_s_codec_carries_changes_both_ways(tiny_config, name):
+    dense = list(Federation(Setting("d", "dense", "dense"), tiny_config, NODES).run())
+    federation = Federation(Setting(name, name, name), tiny_config, NODES)
+    rounds = list(federation.run())
+    assert rounds[0].loss == dense[0].loss
+    assert rounds[1].down == 0  # every node makes the start by itself
+    assert 0 < rounds[2].down < dense[2].down / 3
+    assert all(0 < r.up < d.up / 3 for r, d in zip(rounds[1:], dense[1:], strict=True))
+    assert rounds[-1].loss < rounds[0].loss
+    again = list(Federation(Setting(name, name, name), tiny_config, NODES).run())
+    assert [r.numbers() for r in again] == [r.numbers() for r in rounds]

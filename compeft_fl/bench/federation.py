@@ -31,6 +31,8 @@ __all__ = ["Federation", "RoundScore", "Setting", "Update"]
 
 Update = TernaryVector | TaskVector
 
+_DOWN_SEEDS = 1 << 24  # of codecs that round at random: apart from those of the way up
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -185,7 +187,7 @@ class _PeerDown:
 
     def advance(self, adapter: TaskVector) -> bytes:
         target: Any = adapter.values
-        blob = self._peer.encode(target - self.shared, self._layout, -1 - self.version)
+        blob = self._peer.encode(target - self.shared, self._layout, _DOWN_SEEDS + self.version)
         self.shared = self.shared + self._peer.decode(blob, self._layout)
         self.version += 1
         return blob

@@ -73,10 +73,11 @@ def run_jobs(jobs: Iterable[Job], folder: Path, workers: int) -> Iterator[dict[s
     Raises
     ------
     CompeftError
-        A run failed; what it wrote last is in the message. The others are stopped.
+        When all others have finished: some failed; what the first wrote last is in the message.
     """
     waiting = [job for job in jobs if job.finished(folder) is None]
     running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -92,9 +93,13 @@ def run_jobs(jobs: Iterable[Job], folder: Path, workers: int) -> Iterator[dict[s
                 if code:
                     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                     last = lines[-1] if lines else "nothing"
-                    raise CompeftError(f"the run {key} ended with {code}; {log} ends: {last}")
-                log.unlink()
+                    failed.append(f"the run {key} ended with {code}; {log} ends: {last}")
+                else:
+                    log.unlink()
             yield {key: _progress(folder / f"{key}.log") for key in running}
+        if failed:
+            more = f" ({len(failed)} runs failed)" if len(failed) > 1 else ""
+            raise CompeftError(failed[0] + more)
     finally:
         for process in running.values():
             process.terminate()
