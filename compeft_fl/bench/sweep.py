@@ -82,7 +82,8 @@ def run_jobs(jobs: Iterable[Job], folder: Path, workers: int) -> Iterator[dict[s
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                running[job.key] = _start(job, folder)
+                if job.finished(folder) is None:  # by another sweep into this folder
+                    running[job.key] = _start(job, folder)
             time.sleep(_LOOK_SECONDS)
             for key, process in list(running.items()):
                 code = process.poll()
