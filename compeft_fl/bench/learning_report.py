@@ -26,6 +26,7 @@ HEADS: Final = (
     "setting", "codec", "seeds", "accuracy", "loss", "up", "of dense", "both", "of dense",
     "95 % of the gain: round", "up, of dense", "both, of dense",
 )  # fmt: skip
+_DRAWN_TOO: Final = ((BASELINE, "dense"), ("compeft-0.1", "context"))
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def _table(curves: Sequence[Curve]) -> list[list[str]]:
     groups = _groups(curves)
     rows = []
     for (setting, codec), group in groups.items():
+        if codec == "bitmask" and setting != "compeft-0.1":
+            continue  # two bits a parameter each time; the CSV file has them
         seeds = [curve.seed for curve in group]
         dense = [c for c in curves if c.setting == BASELINE and c.seed in seeds]
         accuracy = [100 * curve.accuracy[-1] for curve in group]
@@ -211,12 +214,13 @@ def plot(path: Path, curves: Sequence[Curve]) -> None:
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     groups = _groups(curves)
-    for index, ((setting, codec), group) in enumerate(groups.items()):
-        if codec == "bitmask":
-            continue  # beside golomb it says nothing new
-        style = _style(setting, codec, index)
+    names = list(dict.fromkeys(setting for setting, _ in groups))
+    for (setting, codec), group in groups.items():
+        if codec not in ("golomb", setting) and (setting, codec) not in _DRAWN_TOO:
+            continue  # the same updates over another codec: one curve of them will do
+        style = _style(setting, codec, names.index(setting))
         accuracy = [100 * value for value in _means([curve.accuracy for curve in group])]
-        label = setting if _only(groups, setting) else f"{setting} ({codec})"
+        label = f"{setting} ({codec})" if codec == "context" else setting
         for each, way in zip(axes, ("up", "both"), strict=True):
             sent = _means([getattr(curve, way) for curve in group])
             each.plot(sent[1:], accuracy[1:], label=label, markersize=4, **style)
@@ -243,19 +247,14 @@ def plot(path: Path, curves: Sequence[Curve]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _only(groups: Mapping[tuple[str, str], Any], setting: str) -> bool:
-    return sum(name == setting and codec != "bitmask" for name, codec in groups) == 1
-
-
 def _style(setting: str, codec: str, index: int) -> dict[str, Any]:
     """Ours in lines, its peers in dashes; one colour a setting."""
     import matplotlib
 
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = [*matplotlib.colormaps["tab10"].colors, "#005f73", "#b59f00"]  # type: ignore[attr-defined]
     ours = setting.startswith("compeft")
-    colour = "black" if setting == BASELINE else colours[(2 * index + index // 10) % 20]
     return {
-        "color": colour,
+        "color": "black" if setting == BASELINE else colours[(index - 1) % len(colours)],
         "linestyle": "-" if ours else "--",
         "marker": {"golomb": "o", "context": "D"}.get(codec, "s"),
         "linewidth": 1.8 if ours else 1.1,
