@@ -41,6 +41,7 @@ def settings() -> list[Setting]:
     own = [
         Setting("dense-fp32", "dense", "dense"),
         Setting("compeft-0.1", "golomb", "golomb", 0.1, 0.2),
+        Setting("compeft-0.1-down-0.1", "golomb", "golomb", 0.1, 0.1),
         Setting("compeft-0.05", "golomb", "golomb", 0.05, 0.1),
         Setting("compeft-0.02", "golomb", "golomb", 0.02, 0.05),
         Setting("compeft-ties-0.1", "golomb", "golomb", 0.1, 0.2, "ties", 0.4),
