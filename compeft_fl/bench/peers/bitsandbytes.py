@@ -6,6 +6,7 @@ code book with every tensor (1 KiB, or 64 bytes), which the receiver knows and w
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,11 +56,13 @@ class _Bitsandbytes(PeerCodec):
         """Bytes of codes for a tensor."""
         return size
 
+    @abstractmethod
     def _quantize(self, tensor: Any) -> tuple[Any, Any]:
-        raise NotImplementedError
+        """Codes, and a state with the blocks' ``absmax``."""
 
+    @abstractmethod
     def _dequantize(self, codes: Any, absmax: Any, out: Any) -> None:
-        raise NotImplementedError
+        """Write the values of the codes into ``out``."""
 
 
 class Int8Dynamic(_Bitsandbytes):
