@@ -62,7 +62,7 @@ deploy: $(INSTALLED) ## run a federation over gRPC with TLS: SuperLink and 3 Sup
 test: $(INSTALLED) ## run the tests (ARGS="-k golomb")
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: lint types proto-check test ## what CI runs: ruff, mypy, generated code, tests
+check: lint types proto-check peers test ## what CI runs: ruff, mypy, generated code, tests
 
 lint: $(INSTALLED) ## ruff
 	@$(BIN)/ruff check .
