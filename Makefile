@@ -120,11 +120,11 @@ $(ATHERIS)/.tried: | $(INSTALLED)
 	  echo "compeft-fl: atheris does not install here: fuzzing without it" >&2
 	@touch $@
 
-bench: $(INSTALLED) $(PEERS)/.installed ## the quick benchmarks: codecs, merging, bandwidth, learning (ARGS="--out DIR")
+bench: $(INSTALLED) $(PEERS_INSTALLED) ## the quick benchmarks: codecs, merging, bandwidth, learning (ARGS="--out DIR")
 	@for bench in codecs merge bandwidth learning; do \
 	  $(BIN)/compeft-fl bench $$bench --quick $(ARGS) || exit; done
 
-bench-full: $(INSTALLED) $(PEERS)/.installed ## the same in full: about two hours on two cores (ARGS="--out DIR")
+bench-full: $(INSTALLED) $(PEERS_INSTALLED) ## the same in full: about two hours on two cores (ARGS="--out DIR")
 	@for bench in codecs merge bandwidth learning; do \
 	  $(BIN)/compeft-fl bench $$bench $(ARGS) || exit; done
 

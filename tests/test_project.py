@@ -187,6 +187,12 @@ def test_the_readmes_commands_exist():
         assert target in targets
 
 
+def test_each_make_target_knows_how():
+    for target in re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_the_readmes_tree_is_the_projects():
     tree = next(block for block in blocks("text") if "compeft_fl/\n" in block)
     stack: list[str] = []
