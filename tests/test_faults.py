@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_bytes(tiny_config, tmp_pat
 [run]
 model = "{tiny_config.model}"
 data = "{tiny_config.data}"
-rounds = 6
+rounds = 12
 local-steps = 3
 batch-size = 8
 alpha = 1.0

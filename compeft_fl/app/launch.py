@@ -45,6 +45,7 @@ _COMMAND_SECONDS: Final = 120.0
 _LOOK_SECONDS: Final = 0.2
 _ASK_SECONDS: Final = 60.0
 _LAST_LINES_SECONDS: Final = 5.0
+_SUPERLINK_ENDED: Final = "superlink:ended"  # beside Flower's own words for a run's status
 _UNANSWERED: Final = 3  # times in a row that a SuperLink may know nothing of its run
 _LONGEST_TEMPORARY: Final = 40  # Ray's sockets lie below, and a socket's path has 107 bytes
 
@@ -225,7 +226,8 @@ def simulate(
     if status == "finished:completed" and events.ended:
         shutil.rmtree(state, ignore_errors=True)  # what the nodes remember: nobody goes on from it
         return Outcome(True)
-    reason = events.error or details
+    # What a ServerApp says whose SuperLink has ended follows from that.
+    reason = details if status == _SUPERLINK_ENDED else events.error or details
     if not reason or reason == "N/A":
         reason = f"Flower says {status}; the log ends: {last_line(folder / LOG_FILE)}"
     return Outcome(False, " ".join(reason.split()))
@@ -300,7 +302,7 @@ def _follow(session: FlowerSession, run_id: str, events: _Events) -> tuple[str, 
     while True:
         events.read()
         if session.superlink is not None and session.superlink.poll() is not None:
-            return "finished:failed", f"the SuperLink ended, exit code {session.superlink.poll()}"
+            return _SUPERLINK_ENDED, f"the SuperLink ended, exit code {session.superlink.poll()}"
         alive = session.family.running(_SIMULATION_PROGRAM)
         gone = seen and not alive
         seen = seen or alive
