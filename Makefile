@@ -64,9 +64,10 @@ test: $(INSTALLED) ## run the tests (ARGS="-k golomb")
 
 check: lint types proto-check peers test ## what CI runs: ruff, mypy, generated code, tests
 
-lint: $(INSTALLED) ## ruff
+lint: $(INSTALLED) ## ruff, and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p build && $(BIN)/lint-imports --no-cache >build/imports.log || { cat build/imports.log; exit 1; }
 
 types: $(INSTALLED) ## mypy --strict
 	@$(BIN)/mypy

@@ -12,9 +12,16 @@ The library is imported light: torch, transformers and peft are loaded only wher
 
 from __future__ import annotations
 
+from pathlib import Path as _Path
+
+# `strategies` here is a symbolic link to the folder beside this package. Flower leaves links out of
+# an app's bundle: there the folder itself is found.
+if not (_Path(__file__).parent / "strategies").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 from compeft_fl import codecs, errors
 from compeft_fl.compeft import compress
-from compeft_fl.merging import Average, TaskArithmetic, Ties, merge
+from compeft_fl.merging.accumulators import Average, TaskArithmetic, Ties, merge
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode

@@ -143,7 +143,9 @@ class TernaryVector:
         if is_torch(self.masks[0]):
             from compeft_fl.kernels import torch_ops
 
-            return TaskVector(self.layout, torch_ops.to_dense(self))
+            masks: Any = self.masks
+            dense = torch_ops.to_dense(masks, self.scales, self.layout.sizes)
+            return TaskVector(self.layout, dense)
         from compeft_fl.kernels import cpu
 
         values = np.zeros(self.num_parameters, np.float32)

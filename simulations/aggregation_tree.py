@@ -1,10 +1,10 @@
 """An aggregation tree of real processes on 127.0.0.1, against one flat server.
 
 Each edge server listens for its clients, merges their encoded updates as they come, and passes one
-accumulator (`compeft_fl.partial`) on to the server above; with ``--regions`` there is a level in
-between. A process per edge plays its clients, over a connection for each. The root compares its
-result with that of one server that has merged every update itself, and prints bytes and seconds
-per hop.
+accumulator (`compeft_fl.merging.partial`) on to the server above; with ``--regions`` there is a
+level in between. A process per edge plays its clients, over a connection for each. The root
+compares its result with that of one server that has merged every update itself, and prints bytes
+and seconds per hop.
 
     python simulations/aggregation_tree.py --edges 4 --clients 50 --regions 2
 """
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import compeft_fl as cf
-from compeft_fl.partial import decode_partial, encode_partial, max_partial_bytes
+from compeft_fl.merging.partial import decode_partial, encode_partial, max_partial_bytes
 
 HOST = "127.0.0.1"
 VERSION = 3  # of the global adapter that all updates are relative to

@@ -35,9 +35,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import logistic  # noqa: E402
 
 import compeft_fl as cf  # noqa: E402
+from compeft_fl.server.observer import RoundCounts  # noqa: E402
+from compeft_fl.server.robustness import SignAgreementFilter, Similarity  # noqa: E402
 from compeft_fl.strategies import ComPEFTAverage, ComPEFTTies  # noqa: E402
-from strategies.observer import RoundCounts  # noqa: E402
-from strategies.robustness import SignAgreementFilter, Similarity  # noqa: E402
 
 KINDS = {"average": ComPEFTAverage, "ties": ComPEFTTies}
 ATTACKS = (("none", 0), ("flipped", 2), ("noise", 2), ("huge", 2), ("flipped", 3))
@@ -62,8 +62,8 @@ def embeddings() -> tuple[logistic.Rows, logistic.Rows]:
     from transformers import AutoModel, AutoTokenizer
 
     from compeft_fl.app.config import AppConfig
-    from compeft_fl.app.data import load
-    from compeft_fl.app.model import embedded_model
+    from compeft_fl.app.tasks.data import load
+    from compeft_fl.app.tasks.model import embedded_model
 
     data = load(AppConfig())
     folder = embedded_model()

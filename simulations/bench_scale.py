@@ -34,11 +34,11 @@ from rich.table import Table
 
 import compeft_fl as cf
 from compeft_fl.exchange.protocol import Answer
-from compeft_fl.records import EXCHANGE_KEY, answer_record, find_offer, update_record
+from compeft_fl.exchange.records import EXCHANGE_KEY, answer_record, find_offer, update_record
+from compeft_fl.server.robustness import SignAgreementFilter
 from compeft_fl.strategies import ComPEFTAverage, ComPEFTStrategy, ComPEFTTies
 from compeft_fl.wire.messages import seal
 from compeft_fl.wire.v1 import update_pb2
-from strategies.robustness import SignAgreementFilter
 
 D, DENSITY = 1_000_000, 0.1
 NODES = (10, 100, 1_000, 10_000)

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 
 import compeft_fl as cf
-from compeft_fl import codecs, partial
+from compeft_fl import codecs
 from compeft_fl.errors import CompeftError, UnknownLayoutError
 from compeft_fl.exchange import node_state
 from compeft_fl.exchange.downlink import Replica
-from compeft_fl.partial import decode_partial, encode_partial
-from compeft_fl.records import to_arrays
+from compeft_fl.exchange.records import to_arrays
+from compeft_fl.merging import partial
+from compeft_fl.merging.partial import decode_partial, encode_partial
+from compeft_fl.server import checkpoint
+from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
 from compeft_fl.wire.messages import seal
 from compeft_fl.wire.v1 import update_pb2
-from strategies import checkpoint
-from strategies.checkpoint import Checkpoint, CheckpointFolder
 
 LAYOUT = cf.Layout([cf.TensorSpec("a", (30, 7)), cf.TensorSpec("b", (501,), "bf16")])
 METHODS = (cf.Average, cf.TaskArithmetic, cf.Ties)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from strategies.average import ComPEFTAverage
-from strategies.broadcast import DownlinkOptions
-from strategies.checkpoint import Checkpoint, CheckpointFolder
-from strategies.compeft_strategy import ComPEFTStrategy
-from strategies.compressed import Compressed
-from strategies.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
-from strategies.rounds import Checkpointing
-from strategies.streaming_grid import ReplyStream, StreamingGrid
-from strategies.task_arithmetic import ComPEFTTaskArithmetic
-from strategies.ties import ComPEFTTies
-from strategies.transfers import Transfers
+from compeft_fl.server.broadcast import DownlinkOptions
+from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
+from compeft_fl.server.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
+from compeft_fl.server.rounds import Checkpointing
+from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
+from compeft_fl.server.transfers import Transfers
+from compeft_fl.strategies.average import ComPEFTAverage
+from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
+from compeft_fl.strategies.compressed import Compressed
+from compeft_fl.strategies.task_arithmetic import ComPEFTTaskArithmetic
+from compeft_fl.strategies.ties import ComPEFTTies
 
 __all__ = [
     "Checkpoint",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compeft_fl.merging import Accumulator, Average
+from compeft_fl.merging.accumulators import Accumulator, Average
+from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 from compeft_fl.task_vector import Layout
-from strategies.compeft_strategy import ComPEFTStrategy
 
 __all__ = ["ComPEFTAverage"]
 

@@ -11,16 +11,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.merging import Accumulator
-from compeft_fl.records import LOGGER
+from compeft_fl.exchange.records import LOGGER
+from compeft_fl.merging.accumulators import Accumulator
+from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions
+from compeft_fl.server.intake import Intake, Reply, update_of, weight_of
+from compeft_fl.server.metrics import Metrics
+from compeft_fl.server.observer import RoundCounts, RoundObserver
+from compeft_fl.server.robustness import SignAgreementFilter, take_screened
+from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
-from strategies.broadcast import Base, Broadcaster, DownlinkOptions
-from strategies.metrics import Metrics
-from strategies.observer import RoundCounts, RoundObserver
-from strategies.replies import Intake, Reply, update_of, weight_of
-from strategies.robustness import SignAgreementFilter, take_screened
-from strategies.rounds import Checkpointing, run_rounds
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions"]
 

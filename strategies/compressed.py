@@ -11,13 +11,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.records import LOGGER, array_records, metric_records
-from strategies.broadcast import Base, Broadcaster, DownlinkOptions, conform
-from strategies.inner_state import restore_state, state_of
-from strategies.metrics import Signature, check_metrics, signature
-from strategies.observer import RoundCounts, RoundObserver
-from strategies.replies import Intake, Reply, update_of, weight_of
-from strategies.rounds import Checkpointing, run_rounds
+from compeft_fl.exchange.records import LOGGER, array_records, metric_records
+from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions, conform
+from compeft_fl.server.inner_state import restore_state, state_of
+from compeft_fl.server.intake import Intake, Reply, update_of, weight_of
+from compeft_fl.server.metrics import Signature, check_metrics, signature
+from compeft_fl.server.observer import RoundCounts, RoundObserver
+from compeft_fl.server.rounds import Checkpointing, run_rounds
 
 __all__ = ["Compressed"]
 
@@ -62,7 +62,7 @@ class Compressed(Strategy):
         observer: RoundObserver | None = None,
         downlink: DownlinkOptions | None = None,
     ) -> None:
-        from strategies.compeft_strategy import ComPEFTStrategy
+        from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 
         if not isinstance(inner, Strategy) or isinstance(inner, Compressed | ComPEFTStrategy):
             raise ParameterError(

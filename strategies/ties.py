@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from compeft_fl.merging import Accumulator, Ties
+from compeft_fl.merging.accumulators import Accumulator, Ties
+from compeft_fl.server.observer import RoundObserver
+from compeft_fl.server.robustness import SignAgreementFilter
+from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
 from compeft_fl.task_vector import Layout
-from strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
-from strategies.observer import RoundObserver
-from strategies.robustness import SignAgreementFilter
 
 __all__ = ["ComPEFTTies"]
 

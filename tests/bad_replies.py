@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from local_grid import answered, gone
 from tiny import adapter, arrays
 
-from compeft_fl.records import update_record
+from compeft_fl.exchange.records import update_record
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import encode, inspect, seal

@@ -62,7 +62,7 @@ def tiny_model(tmp_path_factory) -> Path:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from compeft_fl.app.model import embedded_model
+    from compeft_fl.app.tasks.model import embedded_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
@@ -93,8 +93,8 @@ def tiny_config(tiny_data, tiny_model):
 @pytest.fixture(scope="session")
 def minilm():
     """The embedded MiniLM with its default adapter, over 48 rows of the embedded data a split."""
-    from compeft_fl.app import data, model
     from compeft_fl.app.config import AppConfig
+    from compeft_fl.app.tasks import data, model
 
     config = AppConfig(limit_rows=48, device="cpu", head="linear")
     rows = data.load(config)

@@ -16,7 +16,7 @@ import numpy as np
 import plain_federation
 import psutil
 
-from compeft_fl.app.deploy import Deployment
+from compeft_fl.deploy.deployment import Deployment
 
 NODES = 2
 SECONDS = 400.0  # the longest wait for anything

@@ -15,8 +15,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from local_grid import LocalGrid, answered, node_ids
 
+from compeft_fl.exchange.records import find_update, update_record
 from compeft_fl.mod import CompressionMod
-from compeft_fl.records import find_update, update_record
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode, inspect

@@ -11,7 +11,8 @@ import adapter_folders
 import numpy as np
 import pytest
 
-from compeft_fl import adapters, compress, files
+from compeft_fl import adapters, compress
+from compeft_fl.adapters import files
 from compeft_fl.errors import AdapterError, LayoutError, MalformedError, NonFiniteError
 from compeft_fl.task_vector import TaskVector
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from compeft_fl.app.config import AppConfig, keys, parse_assignment
-from compeft_fl.app.scenario import SIMULATION_DEFAULTS, Scenario
 from compeft_fl.errors import ConfigError
+from compeft_fl.runs.scenario import SIMULATION_DEFAULTS, Scenario
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = sorted((ROOT / "simulations").glob("*.toml"))

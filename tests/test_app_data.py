@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from compeft_fl.app import data
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.embedded import build_debian_sections as debian
+from compeft_fl.app.tasks import data
 from compeft_fl.errors import ConfigError
 
 

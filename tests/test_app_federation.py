@@ -12,9 +12,11 @@ import pytest
 from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 
-from compeft_fl.app import client_app, data, model, report, server_app, training
+from compeft_fl.app import client_app, server_app
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.tasks import data, model, training
 from compeft_fl.errors import CompeftError, ConfigError
+from compeft_fl.results import report
 from compeft_fl.strategies import RoundCounts
 
 NODES = 3

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from compeft_fl.app import data, model
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.tasks import data, model
 from compeft_fl.errors import ConfigError
 
 

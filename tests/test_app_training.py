@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compeft_fl.app import data, model, training
+from compeft_fl.app.tasks import data, model, training
 from compeft_fl.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import compeft_fl as cf
 from compeft_fl.bench import codec_plot, codecs, cuda, flowertune, layouts, measure, results, table1
-from compeft_fl.cli import main
+from compeft_fl.cli.main import main
 from compeft_fl.errors import ParameterError
 
 SMALL = cf.Layout([cf.TensorSpec("a.lora_A", (8, 500)), cf.TensorSpec("a.lora_B", (300, 8))])

@@ -11,10 +11,11 @@ from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 from safetensors.numpy import load_file
 
-from compeft_fl.app import client_app, report, server_app
+from compeft_fl.app import client_app, server_app
 from compeft_fl.bench.federation import Federation, Setting
 from compeft_fl.bench.sweep import Job, read_updates, run_jobs, work
 from compeft_fl.errors import CompeftError
+from compeft_fl.results import report
 
 NODES = 3
 OURS = Setting("ours", "golomb", "golomb", 0.1, 0.2)

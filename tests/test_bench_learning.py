@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import compeft_fl as cf
-from compeft_fl import cli
 from compeft_fl.bench import learning, learning_report
 from compeft_fl.bench.federation import Setting
 from compeft_fl.bench.sweep import Job, _packed
+from compeft_fl.cli.main import main
 
 LAYOUT = cf.Layout([cf.TensorSpec("a", (32, 16)), cf.TensorSpec("b", (16, 32))])
 
@@ -121,5 +121,5 @@ def test_what_cannot_be_is_said(tmp_path, capsys):
         (["--seeds", "a"], "--seeds: expected numbers as in 42,43; found a"),
         (["--report"], "no finished run in "),
     ):
-        assert cli.main(["bench", "learning", "--out", str(tmp_path), *arguments]) == 2
+        assert main(["bench", "learning", "--out", str(tmp_path), *arguments]) == 2
         assert message in capsys.readouterr().err

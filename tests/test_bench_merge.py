@@ -9,7 +9,7 @@ import pytest
 
 import compeft_fl as cf
 from compeft_fl.bench import layouts, merge, packages
-from compeft_fl.cli import main
+from compeft_fl.cli.main import main
 
 WEIGHTS = {False: [1.0] * 5, True: [1.0, 2.0, 3.0, 4.0, 1.0]}
 

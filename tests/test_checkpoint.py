@@ -1,4 +1,4 @@
-"""strategies/checkpoint.py, rounds.py: a run that was killed ends as one that was not."""
+"""compeft_fl/server/checkpoint.py, rounds.py: a run that was killed ends as one that was not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM
 from test_exchange import N, flat, grid_of, remembered, start
 
 from compeft_fl.errors import StateError
+from compeft_fl.server import checkpoint
 from compeft_fl.strategies import (
     CheckpointFolder,
     Checkpointing,
@@ -19,7 +20,6 @@ from compeft_fl.strategies import (
     ComPEFTTies,
     Compressed,
 )
-from strategies import checkpoint
 
 
 class Killed(BaseException):

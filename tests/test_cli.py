@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import compeft_fl as cf
-from compeft_fl import adapters, codecs, files
-from compeft_fl.cli import main
+from compeft_fl import adapters, codecs
+from compeft_fl.adapters import files
+from compeft_fl.cli.main import main
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

@@ -18,9 +18,9 @@ from local_grid import LocalGrid, node_ids
 from compeft_fl.compeft import compress
 from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
 from compeft_fl.mod import CompressionMod
+from compeft_fl.server.broadcast import conform
 from compeft_fl.strategies import ComPEFTAverage, Compressed, DownlinkOptions
 from compeft_fl.task_vector import TaskVector
-from strategies.broadcast import conform
 
 N = 8
 NODES = node_ids(N)

@@ -21,13 +21,13 @@ from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from http2 import PREFACE, frames, new_paths
 
-from compeft_fl.app import warm
-from compeft_fl.app.credentials import write_credentials
-from compeft_fl.app.deploy import Deployment, deploy
-from compeft_fl.app.scenario import Scenario
-from compeft_fl.bench.relay import UP, Connection, Link, Relay
+from compeft_fl.deploy import warm
+from compeft_fl.deploy.credentials import write_credentials
+from compeft_fl.deploy.deployment import Deployment, deploy
+from compeft_fl.deploy.relay import UP, Connection, Link, Relay
 from compeft_fl.errors import ConfigError
-from compeft_fl.ledger import read_ledger
+from compeft_fl.exchange.ledger import read_ledger
+from compeft_fl.runs.scenario import Scenario
 
 FLWR = importlib.metadata.version("flwr")
 needs_grpc = pytest.mark.skipif(
@@ -188,7 +188,7 @@ def test_a_client_starts_cold_where_nothing_keeps_it_warm(tmp_path: Path) -> Non
 def test_a_warm_client_is_the_real_one(tmp_path: Path) -> None:
     """Its arguments, output, folder and exit code; and each is a process of its own."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "compeft_fl.app.warm", tmp_path / "socket"],
+        [sys.executable, "-m", "compeft_fl.deploy.warm", tmp_path / "socket"],
         env={"PATH": "", **warm.THREADS},
         stderr=subprocess.PIPE,
     )

@@ -98,7 +98,7 @@ os.environ["FEDERATION_FOLDER"] = str(home)
 os.environ["COMPEFT_FL_STATE_DIR"] = str(home / "state")
 import numpy as np
 import plain_federation
-from compeft_fl.records import LOGGER
+from compeft_fl.exchange.records import LOGGER
 from compeft_fl.strategies import RoundCounts
 from local_grid import LocalGrid
 LOGGER.handlers = [logging.StreamHandler(sys.stdout)]

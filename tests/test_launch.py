@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compeft_fl.app import launch
 from compeft_fl.app.config import AppConfig
-from compeft_fl.app.model import load_adapter
-from compeft_fl.cli import main
+from compeft_fl.app.tasks.model import load_adapter
+from compeft_fl.cli.main import main
+from compeft_fl.runs import launch
 
 
 class Watched:

@@ -17,13 +17,13 @@ from local_grid import LocalGrid, gone, node_ids
 from test_app_federation import run
 
 from compeft_fl.app.baseline import ObservedFedAvg
-from compeft_fl.app.journal import Journal
 from compeft_fl.errors import MalformedError
+from compeft_fl.exchange.ledger import LEDGER_FILE, Ledger, Transfer, read_ledger
+from compeft_fl.exchange.message_size import MessageSizes
 from compeft_fl.exchange.protocol import Answer
-from compeft_fl.ledger import LEDGER_FILE, Ledger, Transfer, read_ledger
-from compeft_fl.message_size import MessageSizes
+from compeft_fl.exchange.records import EXCHANGE_KEY, answer_record, find_answer
 from compeft_fl.mod import CompressionMod
-from compeft_fl.records import EXCHANGE_KEY, answer_record, find_answer
+from compeft_fl.results.journal import Journal
 from compeft_fl.strategies import ComPEFTAverage, Compressed, RoundCounts
 
 N = 4
@@ -323,6 +323,6 @@ def test_tensorboard_gets_accuracy_and_bytes(tiny_config, tmp_path):
 
 
 def test_a_journal_takes_transfers(tiny_config, tmp_path):
-    journal = Journal(tmp_path, tiny_config)
+    journal = Journal(tmp_path, tiny_config.scenario, tiny_config.rounds, {})
     journal.on_transfer(a_transfer())
     assert journal.ledger.totals[1, "up"].messages == 1

@@ -7,7 +7,7 @@ import pytest
 
 import compeft_fl as cf
 from compeft_fl.errors import LayoutError, ParameterError
-from compeft_fl.majority import SignMajority, signs_of
+from compeft_fl.merging.majority import SignMajority, signs_of
 
 LAYOUT = cf.Layout(
     [cf.TensorSpec("a", (9, 7)), cf.TensorSpec("b", (0,)), cf.TensorSpec("c", (70,))]

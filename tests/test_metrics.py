@@ -9,7 +9,7 @@ from flwr.app import MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from compeft_fl.errors import ParameterError
-from strategies.metrics import Metrics, signature
+from compeft_fl.server.metrics import Metrics, signature
 
 aggregate = FedAvg().train_metrics_aggr_fn
 

@@ -15,12 +15,12 @@ from flwr.clientapp.mod import arrays_size_mod
 from local_grid import identify, over_the_wire, set_metadata
 
 from compeft_fl import codecs
+from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.compeft import compress
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.records import update_record
 from compeft_fl.mod import CompressionMod
-from compeft_fl.node_memory import NodeMemory
-from compeft_fl.records import update_record
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.wire.messages import STYPE, decode, encode, inspect, layout_id
 

@@ -19,7 +19,13 @@ from compeft_fl.errors import (
     UpdateSizeError,
     VersionError,
 )
-from compeft_fl.partial import _checksum, _lines, decode_partial, encode_partial, max_partial_bytes
+from compeft_fl.merging.partial import (
+    _checksum,
+    _lines,
+    decode_partial,
+    encode_partial,
+    max_partial_bytes,
+)
 
 LAYOUT = cf.Layout([cf.TensorSpec("a", (20, 11)), cf.TensorSpec("b", (130,))])
 METHODS = [

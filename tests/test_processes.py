@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from compeft_fl.app.processes import ProcessFamily
+from compeft_fl.runs.processes import ProcessFamily
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_who_got_the_id_of_a_session_that_was_is_left_alone(family, tmp_path, mo
 _SAME_ID = """
 import os, pathlib, subprocess, sys, time
 import psutil
-from compeft_fl.app.processes import ProcessFamily
+from compeft_fl.runs.processes import ProcessFamily
 
 family = ProcessFamily(dict(os.environ), pathlib.Path(sys.argv[1]))
 child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'pass'])"

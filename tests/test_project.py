@@ -22,12 +22,12 @@ from packaging.requirements import Requirement
 
 import compeft_fl
 import compeft_fl.strategies
-import strategies
-from compeft_fl.cli import _parser
+from compeft_fl.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
+MAP = (ROOT / "compeft_fl" / "README.md").read_text()
 GENERATED = "compeft_fl.wire.v1.update_pb2"
 MAX_LINES = 450
 
@@ -35,7 +35,7 @@ MAX_LINES = 450
 def modules():
     """The name of each module that is written by hand."""
     names = []
-    for package in (compeft_fl, strategies):
+    for package in (compeft_fl,):
         found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
         names += [package.__name__, *(info.name for info in found)]
     return [name for name in names if name != GENERATED]
@@ -103,7 +103,7 @@ def _isort_key(name):
     return (0 if name.isupper() else 1 if name[:1].isupper() else 2, name)
 
 
-@pytest.mark.parametrize("package", [compeft_fl, strategies, compeft_fl.strategies])
+@pytest.mark.parametrize("package", [compeft_fl, compeft_fl.strategies])
 def test_all_is_what_is_exported(package):
     public = {
         name
@@ -193,19 +193,35 @@ def test_each_make_target_knows_how():
         assert done.returncode == 0, done.stderr
 
 
-def test_the_readmes_tree_is_the_projects():
-    tree = next(block for block in blocks("text") if "compeft_fl/\n" in block)
+def test_the_map_is_the_tree():
+    (tree,) = re.findall(r"^```text\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
     stack: list[str] = []
     listed = set()
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        stack[depth:] = [line.split()[0]]
+        name, _, says = line.strip().partition(" ")
+        assert says.strip(), line
+        stack[depth:] = [name]
         path = Path("".join(stack))
-        assert (ROOT / path).exists(), path
-        listed.add(path)
+        inside = path if path.parts[0] == "strategies" else "compeft_fl" / path
+        assert (ROOT / inside).exists(), inside
+        listed.add(inside)
     written = {file.relative_to(ROOT) for file in sources("compeft_fl", "strategies")}
     shown = {path for path in written & (tracked() or written) if path.name != "__init__.py"}
-    assert shown - listed == set()
+    rooms = {path.parent for path in written if len(path.parts) == 3} | {Path("strategies")}
+    assert (shown | rooms) - listed == set()
+
+
+def test_the_rooms_of_the_map_are_the_layers():
+    (tree,) = re.findall(r"^```text\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
+    floors = [line.split()[0] for line in tree.splitlines() if not line.startswith(" ")]
+    named = [re.sub(r"(/|\.py)$", "", floor) for floor in floors]
+    (contract,) = (
+        each for each in PROJECT["tool"]["importlinter"]["contracts"] if each["type"] == "layers"
+    )
+    layers = [name for layer in contract["layers"] for name in re.split(r" [|:] ", layer)]
+    assert sorted(named) == sorted(set(layers) | {"mod"})
+    assert [name for name in named if name in layers] == layers
 
 
 def test_nothing_is_left_to_fill_in():

@@ -9,7 +9,7 @@ import tiny
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from compeft_fl.errors import LayoutError, MalformedError
-from compeft_fl.records import (
+from compeft_fl.exchange.records import (
     array_records,
     find_update,
     metric_records,

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from compeft_fl.bench.relay import DOWN, UP, Link, Relay
-from compeft_fl.cli import main
+from compeft_fl.cli.main import main
+from compeft_fl.deploy.relay import DOWN, UP, Link, Relay
 from compeft_fl.errors import ParameterError
 
 SECONDS = 60

@@ -9,10 +9,10 @@ import re
 import pytest
 from rich.console import Console
 
-from compeft_fl.app import counted, overhead, report
-from compeft_fl.app.config import AppConfig
-from compeft_fl.app.journal import Journal, RoundRecord, RunRecord
-from compeft_fl.bench.relay import Relay
+from compeft_fl.deploy import counted
+from compeft_fl.deploy.relay import Relay
+from compeft_fl.results import overhead, report, units
+from compeft_fl.results.journal import Journal, RoundRecord, RunRecord
 
 ROUNDS = [
     RoundRecord(accuracy=0.5, loss=1.0, seconds=1.5),
@@ -123,7 +123,7 @@ def test_what_was_not_sent_is_no_fraction():
     ],
 )
 def test_sizes_are_written_for_people(num_bytes, text):
-    assert report.size(num_bytes) == text
+    assert units.size(num_bytes) == text
 
 
 def test_latest_is_the_newest_run(tmp_path):
@@ -143,7 +143,7 @@ def test_latest_can_be_a_folder_of_somebody_else(tmp_path):
 
 
 def test_a_journal_sums_up_what_it_writes(tmp_path):
-    journal = Journal(tmp_path / "run", AppConfig(rounds=1))
+    journal = Journal(tmp_path / "run", "default", 1, {})
     journal.begin(100)
     journal.on_score(0, 0.5, 1.0)
     journal.on_broadcast(1, "train", [1, 2], 0)

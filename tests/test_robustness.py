@@ -1,4 +1,4 @@
-"""strategies/robustness.py: what it sets aside, what it keeps, and what learning makes of it."""
+"""compeft_fl/server/robustness.py: what it sets aside and keeps, and what learning makes of it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from local_grid import LocalGrid, node_ids
 
 import compeft_fl as cf
 from compeft_fl.errors import ParameterError
+from compeft_fl.exchange.records import LOGGER
 from compeft_fl.mod import CompressionMod
-from compeft_fl.records import LOGGER
+from compeft_fl.server import sign_agreement
+from compeft_fl.server.observer import RoundCounts
+from compeft_fl.server.robustness import SignAgreementFilter
 from compeft_fl.strategies import ComPEFTAverage, ComPEFTTaskArithmetic, ComPEFTTies
-from strategies import sign_agreement
-from strategies.observer import RoundCounts
-from strategies.robustness import SignAgreementFilter
 
 KINDS = [ComPEFTAverage, ComPEFTTies]
 NODES = node_ids(10)

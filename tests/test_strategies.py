@@ -14,8 +14,8 @@ from local_grid import LocalGrid, node_ids
 import compeft_fl as cf
 from compeft_fl import strategies as public
 from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
+from compeft_fl.exchange.records import EXCHANGE_KEY
 from compeft_fl.mod import CompressionMod
-from compeft_fl.records import EXCHANGE_KEY
 from compeft_fl.strategies import (
     ComPEFTAverage,
     ComPEFTStrategy,
@@ -198,7 +198,7 @@ def test_an_unexpected_error_stops_no_round(caplog, monkeypatch):
             raise RecursionError("a mistake")
         return cf.decode(blob, layout=self.layout)
 
-    monkeypatch.setattr("strategies.broadcast.Base.read", read)
+    monkeypatch.setattr("compeft_fl.server.broadcast.Base.read", read)
     start(strategy, grid_of(CompressionMod()))
     assert strategy.observer.train[1].replies == 3
     assert "RecursionError: a mistake" in caplog.text

@@ -9,8 +9,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from local_grid import LocalGrid, gone, node_ids
 
+from compeft_fl.server.streaming_grid import name_nodes
 from compeft_fl.strategies import ReplyStream, StreamingGrid
-from strategies.streaming_grid import name_nodes
 
 
 def echo() -> ClientApp:

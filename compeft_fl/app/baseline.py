@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from compeft_fl.records import array_records
+from compeft_fl.exchange.records import array_records
 from compeft_fl.strategies import RoundObserver, Transfers
 
 __all__ = ["ObservedFedAvg"]

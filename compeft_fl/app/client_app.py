@@ -15,14 +15,14 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from compeft_fl.app.config import AppConfig
-from compeft_fl.mod import CompressionMod
-from compeft_fl.records import to_arrays, to_state
+from compeft_fl.client.mod import CompressionMod
+from compeft_fl.exchange.records import to_arrays, to_state
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from compeft_fl.app.data import TextData
-    from compeft_fl.app.model import Classifier
+    from compeft_fl.app.tasks.data import TextData
+    from compeft_fl.app.tasks.model import Classifier
 
 __all__ = ["app", "compression"]
 
@@ -51,8 +51,8 @@ app = ClientApp(mods=[compression])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Fine-tune the received adapter on the node's rows and return it."""
-    from compeft_fl.app import training
-    from compeft_fl.app.data import node_rows
+    from compeft_fl.app.tasks import training
+    from compeft_fl.app.tasks.data import node_rows
 
     config = AppConfig.from_run_config(context.run_config)
     prepared = _prepare(config)
@@ -79,8 +79,8 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received adapter on the node's own rows."""
-    from compeft_fl.app import training
-    from compeft_fl.app.data import node_rows
+    from compeft_fl.app.tasks import training
+    from compeft_fl.app.tasks.data import node_rows
 
     config = AppConfig.from_run_config(context.run_config)
     prepared = _prepare(config)
@@ -109,7 +109,7 @@ _prepared: list[_Prepared] = []
 def _prepare(config: AppConfig) -> _Prepared:
     """Return data and model of this configuration, built by the process's first message."""
     if not _prepared or _prepared[0].config != config:
-        from compeft_fl.app import data, model
+        from compeft_fl.app.tasks import data, model
 
         loaded = data.load(config)
         classifier = model.build(config, loaded)

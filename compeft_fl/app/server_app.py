@@ -13,15 +13,15 @@ from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import Strategy
 
 from compeft_fl import strategies
-from compeft_fl.app import tensorboard
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
-from compeft_fl.app.journal import Journal
 from compeft_fl.errors import CompeftError, ConfigError
-from compeft_fl.records import LOGGER, to_arrays, to_state
+from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
+from compeft_fl.results import tensorboard
+from compeft_fl.results.journal import Journal
 
 if TYPE_CHECKING:
-    from compeft_fl.app.model import Classifier
+    from compeft_fl.app.tasks.model import Classifier
 
 __all__ = ["app", "build_strategy", "run_folder"]
 
@@ -34,7 +34,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the configuration describes, and leave its results in a folder."""
     config = AppConfig.from_run_config(context.run_config)
-    journal = Journal(run_folder(config), config)
+    journal = Journal(run_folder(config), config.scenario, config.rounds, config.to_run_config())
     try:
         _run(grid, config, journal)
     except BaseException as error:
@@ -47,7 +47,8 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     """Build, federate and report."""
     rule = build_strategy(config, journal)  # what is wrong with it shows before anything is loaded
 
-    from compeft_fl.app import data, model, report, training
+    from compeft_fl.app.tasks import data, model, training
+    from compeft_fl.results import report
 
     random.seed(config.seed)  # Flower samples nodes with it
     rows = data.load(config)

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, show and write all; see `compeft_fl.bench.command`."""
+    """Measure, show and write all; see `compeft_fl.cli.bench`."""
     out: Path = options.out
     command = "compeft-fl bench codecs" + (" --quick" if options.quick else "")
     command += f" --only {options.only}" if options.only else ""

@@ -206,7 +206,7 @@ class Federation:
     """
 
     def __init__(self, setting: Setting, config: AppConfig, num_nodes: int) -> None:
-        from compeft_fl.app import data, model
+        from compeft_fl.app.tasks import data, model
 
         self.setting, self.config, self.num_nodes = setting, config, num_nodes
         self._rows = data.load(config)
@@ -246,7 +246,7 @@ class Federation:
         self, server_round: int, updates: list[tuple[str, int, bytes]]
     ) -> tuple[int, TaskVector]:
         """All nodes' training; the bytes up, and the merge."""
-        from compeft_fl.app import training
+        from compeft_fl.app.tasks import training
 
         accumulator = _accumulator(self.setting)
         start = TaskVector(self.adapter.layout, self._down.shared).to_dict()
@@ -265,7 +265,7 @@ class Federation:
         return up, accumulator.result()
 
     def _score(self, values: Any) -> RoundScore:
-        from compeft_fl.app import training
+        from compeft_fl.app.tasks import training
 
         self._load(TaskVector(self.adapter.layout, values).to_dict())
         found = training.evaluate(self._classifier, self._rows.test, self.config)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from compeft_fl.bench import layouts, results
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.uplink import ErrorFeedback
-from compeft_fl.merging import Average
+from compeft_fl.merging.accumulators import Average
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import decode, encode
 

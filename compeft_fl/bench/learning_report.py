@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from compeft_fl import codecs
-from compeft_fl.app.report import size
 from compeft_fl.bench import results
 from compeft_fl.bench.sweep import Job, read_updates
 from compeft_fl.codecs.dense import Dense
+from compeft_fl.results.units import size
 from compeft_fl.task_vector import Layout, TensorSpec
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode

@@ -23,9 +23,9 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from compeft_fl import TaskVector, compress, decode, encode
-from compeft_fl.ledger import Transfer
-from compeft_fl.mod import CompressionMod
-from compeft_fl.records import to_arrays, to_state
+from compeft_fl.client.mod import CompressionMod
+from compeft_fl.exchange.ledger import Transfer
+from compeft_fl.exchange.records import to_arrays, to_state
 from compeft_fl.strategies import ComPEFTAverage, DownlinkOptions, RoundCounts
 from compeft_fl.task_vector import Layout, TensorSpec
 

@@ -30,9 +30,9 @@ from compeft_fl.bench.link_app import (
 )
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import DIGEST_BYTES, Shipment
+from compeft_fl.exchange.message_size import MessageSizes
 from compeft_fl.exchange.protocol import Answer, Offer
-from compeft_fl.message_size import MessageSizes
-from compeft_fl.records import (
+from compeft_fl.exchange.records import (
     EXCHANGE_KEY,
     answer_record,
     offer_record,

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from compeft_fl.app.counted import by_round
-from compeft_fl.app.deploy import Deployment
-from compeft_fl.app.launch import FlowerError, last_line
-from compeft_fl.bench.relay import DOWN, UP, Link, Relay
+from compeft_fl.deploy.counted import by_round
+from compeft_fl.deploy.deployment import Deployment
+from compeft_fl.deploy.relay import DOWN, UP, Link, Relay
+from compeft_fl.runs.launch import FlowerError, last_line
 
 __all__ = ["LinkPoint", "MeasuredRound", "Plan", "finished", "run_plan"]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from compeft_fl.bench import layouts, packages, results
 from compeft_fl.bench.measure import peak_memory
 from compeft_fl.compeft import compress
-from compeft_fl.merging import Accumulator, TaskArithmetic, Ties, merge
+from compeft_fl.merging.accumulators import Accumulator, TaskArithmetic, Ties, merge
 from compeft_fl.wire.messages import decode, encode
 
 __all__ = ["Contender", "Updates", "contenders", "rows_of", "run"]
@@ -125,7 +125,7 @@ def _peft_ties_trimmed(updates: Updates) -> Floats:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, show and write all; see `compeft_fl.bench.command`."""
+    """Measure, show and write all; see `compeft_fl.cli.bench`."""
     out: Path = options.out
     command = "compeft-fl bench merge" + (" --quick" if options.quick else "")
     layout, count = ("t5-base-r16", 8) if options.quick else ("t5-large-r16", 20)

@@ -8,6 +8,7 @@ CPU's words, so that only compressed bytes need to cross the bus.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from compeft_fl.kernels.cpu_golomb import Plan, Streams
-    from compeft_fl.ternary import TernaryVector
 
 Tensor = torch.Tensor
 _LANES = _ROWS = 64
@@ -52,17 +52,17 @@ def upload(positive: Any, negative: Any, device: Any) -> tuple[Tensor, Tensor]:
     return next(masks), next(masks)
 
 
-def to_dense(update: TernaryVector) -> Tensor:
-    """The dense vector, float32, shape (d,)."""
-    masks: Any = update.masks
-    d = update.num_parameters
-    positive, negative = (unpack(mask, d) for mask in masks)
-    scales = torch.from_numpy(update.scales).to(masks[0].device)
-    if update.scales.size > 1:
-        sizes = torch.tensor(update.layout.sizes, device=masks[0].device)
-        scales = torch.repeat_interleave(scales, sizes)
-    zero = torch.zeros((), device=masks[0].device)
-    return torch.where(positive, scales, torch.where(negative, -scales, zero))
+def to_dense(
+    masks: tuple[Tensor, Tensor], scales: NDArray[np.float32], sizes: Sequence[int]
+) -> Tensor:
+    """The dense vector, float32, shape (d,), of the two masks and one scale or one a tensor."""
+    device = masks[0].device
+    positive, negative = (unpack(mask, sum(sizes)) for mask in masks)
+    each = torch.from_numpy(scales).to(device)
+    if scales.size > 1:
+        each = torch.repeat_interleave(each, torch.tensor(sizes, device=device))
+    zero = torch.zeros((), device=device)
+    return torch.where(positive, each, torch.where(negative, -each, zero))
 
 
 # --- top-k and sums -----------------------------------------------------------------------------

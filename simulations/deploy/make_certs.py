@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compeft_fl.app.credentials import write_credentials
+from compeft_fl.deploy.credentials import write_credentials
 from compeft_fl.errors import CompeftError
 
 # How the SuperLink is reached on its own machine, by an ssh tunnel, and in compose.server.yaml.

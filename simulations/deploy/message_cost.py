@@ -75,8 +75,8 @@ def client(threads: int) -> dict[str, Laps]:
     clock.lap("import transformers")
     import peft  # noqa: F401
 
-    from compeft_fl.app import data, model, training
     from compeft_fl.app.config import AppConfig
+    from compeft_fl.app.tasks import data, model, training
 
     clock.lap("import peft")
     config = AppConfig()
@@ -102,7 +102,7 @@ def client(threads: int) -> dict[str, Laps]:
 def _work(clock: _Clock, classifier: Any, rows: Any, config: Any, training: Any) -> None:
     """Train and compress, as on a train message."""
     from compeft_fl import TaskVector, compress, encode
-    from compeft_fl.app import data
+    from compeft_fl.app.tasks import data
 
     before = {name: tensor.numpy().copy() for name, tensor in classifier.adapter_state().items()}
     mine = data.node_rows(rows, {"partition-id": 0, "num-partitions": _NODES}, config)
@@ -117,7 +117,7 @@ def _forked(message: Callable[[_Clock], None]) -> Laps:
     """Do the work of a message in a fork, as a warm client."""
     import torch
 
-    from compeft_fl.app import warm
+    from compeft_fl.deploy import warm
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -141,7 +141,7 @@ def _forked(message: Callable[[_Clock], None]) -> Laps:
 
 def _front() -> tuple[str, float, float]:
     """Return what starting the program in front takes."""
-    from compeft_fl.app import warm
+    from compeft_fl.deploy import warm
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

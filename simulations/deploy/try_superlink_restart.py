@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compeft_fl.app import deploy, launch
-from compeft_fl.app.journal import PROGRESS_FILE
-from compeft_fl.app.scenario import Scenario
+from compeft_fl.app import deploy
+from compeft_fl.results.journal import PROGRESS_FILE
+from compeft_fl.runs import launch
+from compeft_fl.runs.scenario import Scenario
 
 _QUICK = ("num-supernodes=2", "rounds=3", "local-steps=4", "limit-rows=120")
 _AWAY_SECONDS = 10.0

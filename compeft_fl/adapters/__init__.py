@@ -1,0 +1,39 @@
+"""PEFT adapters: models and folders to task vectors and back, and files of Updates.
+
+>>> from compeft_fl.adapters import load_folder
+"""
+
+from __future__ import annotations
+
+from compeft_fl.adapters.files import StoredUpdate, read_update, restore, write_update
+from compeft_fl.adapters.folders import (
+    Adapter,
+    Start,
+    check_output,
+    load_folder,
+    load_peft_state,
+    parse_config,
+    peft_state,
+    require_torch,
+    save_folder,
+    start_of,
+    task_vector,
+)
+
+__all__ = [
+    "Adapter",
+    "Start",
+    "StoredUpdate",
+    "check_output",
+    "load_folder",
+    "load_peft_state",
+    "parse_config",
+    "peft_state",
+    "read_update",
+    "require_torch",
+    "restore",
+    "save_folder",
+    "start_of",
+    "task_vector",
+    "write_update",
+]

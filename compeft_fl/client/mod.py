@@ -1,0 +1,330 @@
+"""The Flower client mod: what a ClientApp needs so that its messages shrink.
+
+::
+
+    from compeft_fl.mod import CompressionMod
+
+    app = ClientApp(mods=[CompressionMod(density=0.1)])
+
+The train function stays as it is: it takes an ArrayRecord of adapter weights and returns one. The
+server needs a strategy that reads Updates: one of `compeft_fl.strategies`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, Context, Error, Message, RecordDict
+
+from compeft_fl import codecs
+from compeft_fl.client.node_memory import NodeMemory
+from compeft_fl.codecs import auto
+from compeft_fl.codecs.base import Update
+from compeft_fl.codecs.dense import Dense
+from compeft_fl.compeft import check_density, check_scale, compress
+from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
+from compeft_fl.exchange.downlink import Shipment
+from compeft_fl.exchange.node_state import NOTHING, NodeState
+from compeft_fl.exchange.protocol import Answer, Offer, follow, settle
+from compeft_fl.exchange.records import (
+    EXCHANGE_KEY,
+    LOGGER,
+    answer_record,
+    array_records,
+    find_offer,
+    find_update,
+    to_arrays,
+    to_state,
+    unflatten,
+    update_record,
+)
+from compeft_fl.exchange.uplink import ErrorFeedback
+from compeft_fl.task_vector import Layout, TaskVector
+from compeft_fl.wire.messages import decode, encode, inspect
+
+__all__ = ["CompressionMod"]
+
+_MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not export
+
+CallNext = Callable[[Message, Context], Message]
+
+
+@dataclass(frozen=True)
+class _Received:
+    """The adapter that a message brought: what the reply's task vector is relative to."""
+
+    records: dict[str, dict[str, Array]]  # by key of the ArrayRecord, as the ClientApp sees them
+    layout: Layout | None  # the server's; None where the arrays came without an Update
+    version: int
+
+
+class CompressionMod:
+    """Expand the adapter that a message brings, and compress what training changed in the reply.
+
+    On the way in, Updates are replaced by an ordinary ArrayRecord (one Array per tensor); ordinary
+    ArrayRecords, as stock strategies send them, stay as they are. On the way out of training, the
+    reply's ArrayRecord is replaced by one Array with the Update of returned - received weights.
+    Replies to other messages, error replies and replies without arrays are not touched.
+
+    What a node must remember from round to round, its residual and its copy of the global adapter,
+    lies in files under a state folder, see `compeft_fl.client.node_memory`. What cannot be
+    compressed (NaN, another layout) becomes an error reply that says why; a node that has lost its
+    copy says so, and the server sends it within the same round.
+
+    Parameters
+    ----------
+    density : float
+        In (0, 1]: the share of parameters that is sent.
+    scale : "mean", "norm" or float
+        The scale rule, see `compeft_fl.compress`.
+    error_feedback : bool
+        Keep what was not sent, the residual, and add it to the next task vector.
+    codec : str
+        A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
+        no density, no scale, no residual. Or "auto": for each update the one that arrives first.
+    link_mbps : float, optional
+        The speed of this node's link in Mbit/s, for codec "auto" alone.
+    initial_adapter : callable, optional
+        Takes the Context, gives the adapter that the federation starts from (names to arrays), as
+        this node makes it by itself, from the seed. Where it is the server's, bit for bit, nothing
+        is sent at first contact.
+    state_dir : path, optional
+        The state folder. Default: the node config's ``state-dir``, then the environment's
+        ``COMPEFT_FL_STATE_DIR``, then ``~/.local/state/compeft_fl``.
+
+    Raises
+    ------
+    ParameterError
+        An argument out of its range.
+
+    Notes
+    -----
+    Put it first in the list of mods, so that other mods see ordinary weights. It works with a
+    stock strategy's broadcast, but a stock strategy cannot read its replies: wrap it in
+    `compeft_fl.strategies.Compressed`.
+
+    Adapters in bfloat16: cast to float32 before making an ArrayRecord, as Flower itself asks.
+
+    Source: ComPEFT, https://arxiv.org/abs/2311.13171, Algorithm 1; error feedback: Karimireddy et
+    al., https://arxiv.org/abs/1901.09847.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: float = 0.1,
+        scale: str | float = "mean",
+        error_feedback: bool = True,
+        codec: str = "golomb",
+        link_mbps: float | None = None,
+        initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
+        state_dir: str | Path | None = None,
+    ) -> None:
+        check_density(density)
+        check_scale(scale)
+        if not isinstance(error_feedback, bool):
+            raise ParameterError(f"expected error_feedback True or False, found {error_feedback!r}")
+        self.density, self.scale, self.error_feedback = density, scale, error_feedback
+        auto.check(codec, link_mbps)
+        self.codec, self.link_mbps = codec, link_mbps
+        self._sends_dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
+        self._initial_adapter = initial_adapter
+        self._state_dir = state_dir
+
+    def __call__(self, msg: Message, context: Context, call_next: CallNext) -> Message:
+        """Handle one message; Flower calls this.
+
+        Parameters
+        ----------
+        msg : flwr.app.Message
+        context : flwr.app.Context
+        call_next : callable
+            The next mod, or the ClientApp.
+        """
+        if not msg.has_content():
+            return call_next(msg, context)
+        try:
+            told = find_offer(msg.content)
+            federation = told[0].federation if told else f"run-{context.run_id}"
+            with NodeMemory.of(context, federation, self._state_dir) as memory:
+                if told is None:
+                    return self._without_offer(msg, context, call_next, memory)
+                return self._with_offer(msg, context, call_next, memory, *told)
+        except CompeftError as error:
+            return _failure(msg, error)
+
+    def _with_offer(
+        self, msg: Message, context: Context, call_next: CallNext, memory: NodeMemory,
+        offer: Offer, key: str, shipment: Shipment,
+    ) -> Message:  # fmt: skip
+        """A message of a server that knows what this node has."""
+        trains = _trains(msg)
+        state, kept = memory.state, _version(memory.state)
+        decoding, building = _Watch(), _Watch()
+        try:
+            with decoding:
+                replica = follow(state, offer, shipment, lambda: self._initial(context, building))
+            if trains:
+                state = _settled(state, offer)
+        except ResyncError as error:
+            LOGGER.info("CompressionMod: asks for what it lacks: %s", error)
+            answer = answer_record(Answer(memory.name, kept, str(error)))
+            return Message(RecordDict({EXCHANGE_KEY: answer}), reply_to=msg)
+        state = state.following(replica)
+
+        arrays = to_arrays(unflatten(TaskVector(replica.layout, replica.values)))
+        received = _Received({key: dict(arrays)}, replica.layout, offer.version)
+        # A content of its own: in one process, several nodes' messages can share theirs.
+        others = {name: record for name, record in msg.content.items() if name != EXCHANGE_KEY}
+        msg.content = RecordDict({**others, key: arrays})
+        reply = call_next(msg, context)
+        if reply.has_error():
+            memory.save(memory.state.following(replica))
+            return reply
+        encoding = _Watch()
+        if trains and array_records(reply.content):
+            with encoding:
+                state = self._compress_outgoing(received, reply, state, offer.version)
+        if memory.save(state):
+            kept = replica.version
+        # Building an adapter from the seed is no decoding.
+        seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
+        answer = answer_record(Answer(memory.name, kept, seconds=seconds))
+        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
+        return reply
+
+    def _without_offer(
+        self, msg: Message, context: Context, call_next: CallNext, memory: NodeMemory
+    ) -> Message:
+        """A message of a stock strategy, or one Update that says all."""
+        received = _expand_incoming(msg)
+        reply = call_next(msg, context)
+        if not _trains(msg) or reply.has_error() or not array_records(reply.content):
+            return reply
+        if not received.records:  # nothing to be relative to
+            return reply
+        state = self._compress_outgoing(received, reply, memory.state, received.version)
+        if not self._sends_dense and self.error_feedback:
+            # Nobody says later whether it was taken: suppose that it was.
+            memory.save(replace(state, residual=state.next_residual, next_residual=None))
+        return reply
+
+    def _compress_outgoing(
+        self, received: _Received, reply: Message, state: NodeState, version: int
+    ) -> NodeState:
+        """Replace the trained arrays by the Update that they are; the state with what is left."""
+        key, tau = _task_vector(received, reply)
+        residual = None
+        if self._sends_dense:
+            blob = self._encode(tau, version)
+        elif self.error_feedback:
+            fits = state.layout in {None, tau.layout}
+            if not fits:
+                LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
+            feedback = ErrorFeedback(self.density, self.scale, state.residual if fits else None)
+            update = feedback.compress(tau)
+            blob = self._encode(update, version)
+            residual = feedback.residual
+        else:
+            update = compress(tau, self.density, self.scale)
+            blob = self._encode(update, version)
+        reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
+        LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
+        return replace(state, layout=tau.layout).after_training(version, residual)
+
+    def _encode(self, update: Update, version: int) -> bytes:
+        return encode(
+            update,
+            self.codec,
+            link_mbps=self.link_mbps,
+            layout_by_id=True,
+            base_version=version,
+        )
+
+    def _initial(self, context: Context, watch: _Watch) -> TaskVector:
+        if self._initial_adapter is None:
+            raise ResyncError("this node has no adapter of this federation")
+        with watch:
+            return TaskVector.from_dict(dict(self._initial_adapter(context)))
+
+
+class _Watch:
+    """A stopwatch around a block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+def _trains(msg: Message) -> bool:
+    return msg.metadata.message_type.partition(".")[0] == "train"
+
+
+def _version(state: NodeState) -> int:
+    return NOTHING if state.replica is None else state.replica.version
+
+
+def _settled(state: NodeState, offer: Offer) -> NodeState:
+    """See `settle`; a state that lost what was left to send goes on without."""
+    try:
+        return settle(state, offer)
+    except StateError as error:
+        LOGGER.warning("CompressionMod: the residual is dropped: %s", error)
+        return state.without_residual(offer.taken)
+
+
+def _expand_incoming(msg: Message) -> _Received:
+    """Replace an Update that says all by the arrays that it stands for."""
+    found = find_update(msg.content)
+    if found is None:
+        # Copies of the records: a ClientApp may empty those that it gets.
+        plain = {key: dict(record) for key, record in array_records(msg.content).items()}
+        return _Received(plain, None, 0)
+    key, blob = found
+    header, adapter = inspect(blob), decode(blob).to_task_vector()
+    arrays = to_arrays(unflatten(adapter))
+    msg.content = RecordDict({**msg.content, key: arrays})
+    return _Received({key: dict(arrays)}, adapter.layout, header.base_version)
+
+
+def _task_vector(received: _Received, reply: Message) -> tuple[str, TaskVector]:
+    """What training changed, and the key of the reply's record that says so."""
+    returned = array_records(reply.content)
+    keys = list(returned) if len(returned) == 1 else [k for k in returned if k in received.records]
+    if len(keys) != 1:
+        raise LayoutError(
+            f"expected one ArrayRecord in the reply, or one under the key that it came with "
+            f"({', '.join(received.records)}); found {', '.join(returned)}"
+        )
+    key = keys[0]
+    if find_update(RecordDict({key: returned[key]})) is not None:
+        raise LayoutError(
+            "expected trained weights in the reply, found an Update: is CompressionMod there twice?"
+        )
+    if key not in received.records and len(received.records) > 1:
+        raise LayoutError(
+            f"expected an ArrayRecord under one of {', '.join(received.records)} in the reply, "
+            f"found {key}"
+        )
+    before = to_state(received.records.get(key) or next(iter(received.records.values())))
+    after = to_state(returned[key])
+    if list(after) == [str(index) for index in range(len(before))]:
+        # ArrayRecord(list of arrays) has numbers for names; Flower's users return such.
+        after = dict(zip(before, after.values(), strict=True))
+    tau = TaskVector.between(before, after)
+    return key, tau if received.layout is None else TaskVector(received.layout, tau.values)
+
+
+def _failure(msg: Message, error: CompeftError) -> Message:
+    """An error reply, which the server logs and sets aside; this side's log says it too."""
+    reason = f"CompressionMod: {type(error).__name__}: {error}"
+    LOGGER.error("%s", reason)
+    return Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=msg)

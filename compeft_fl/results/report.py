@@ -1,0 +1,189 @@
+"""What a run leaves behind: ``summary.json``, ``metrics.csv``, plots, and a table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from compeft_fl.results import overhead
+from compeft_fl.results.journal import RoundRecord, RunRecord
+from compeft_fl.results.units import percent, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+__all__ = ["link_latest", "plot", "table", "write"]
+
+SUMMARY_FILE: Final = "summary.json"
+METRICS_FILE: Final = "metrics.csv"
+PLOT_FILE: Final = "accuracy.png"
+
+_UP, _BOTH = "#0072b2", "#d55e00"  # told apart by everyone
+
+
+def write(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Write all reports of a run into its folder and return the summary."""
+    summary = record.summary()
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _write_metrics(folder / METRICS_FILE, record)
+    plot(folder / PLOT_FILE, summary)
+    if record.ledger is not None:
+        overhead.plot(folder / overhead.BYTES_PLOT_FILE, summary)
+    return summary
+
+
+def link_latest(folder: Path) -> None:
+    """Point ``latest``, beside the run's folder, to it; where links cannot be, leave it."""
+    link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
+    try:
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(folder.name, target_is_directory=True)
+        fresh.replace(link)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+
+
+def plot(path: Path, summary: Mapping[str, Any]) -> None:
+    """Draw accuracy by round, and by cumulative bytes beside what dense float32 takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    accuracy = [None if value is None else 100 * value for value in summary["accuracy"]]
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    by_round.plot(range(len(accuracy)), accuracy, "o-", color=_UP, markersize=4)
+    _mark_ends(by_round, accuracy)
+    by_round.set(xlabel="round", ylabel="test accuracy (%)")
+    by_round.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    up, down = _totals(summary, "payload")
+    dense_up, dense_down = _totals(summary, "dense")
+    both, dense_both = _added(up, down), _added(dense_up, dense_down)
+    for label, totals, color, style in (
+        ("up", up, _UP, "o-"),
+        ("up, dense", dense_up, _UP, ":"),
+        ("up + down", both, _BOTH, "s-"),
+        ("up + down, dense", dense_both, _BOTH, ":"),
+    ):
+        if any(totals):
+            by_bytes.plot(
+                totals,
+                accuracy[1:],
+                style,
+                color=color,
+                label=f"{label}: {size(totals[-1])}",
+                markersize=4,
+                linewidth=3 if style == ":" else 1.5,
+                alpha=0.6 if style == ":" else 1,
+            )
+    by_bytes.set(xlabel="bytes so far, all nodes (log scale)", xscale="log")
+    by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    by_bytes.xaxis.set_minor_formatter(NullFormatter())
+    if by_bytes.lines:
+        figure.legend(
+            frameon=False, loc="outside lower right", ncols=4, fontsize="small", handlelength=3
+        )
+    for axes in (by_round, by_bytes):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.12)
+    figure.suptitle(_title(summary), fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """Return the run as a table for a person: by round, then in all."""
+    from rich.table import Table
+
+    dense = " and ".join(
+        f"{size(sum(summary[f'{way}_dense_bytes']))} {where}"
+        for way, where in (("uplink", "up"), ("downlink", "down"))
+    )
+    found = Table(
+        title=_title(summary),
+        caption=f"dense float32 would take {dense}",
+        title_justify="left",
+        caption_justify="left",
+        show_footer=True,
+    )
+    headers = ("round", "accuracy", "loss", "sent up", "of dense", "sent down", "of dense")
+    sums = [
+        summary[f"{way}_{kind}_bytes"]
+        for way in ("uplink", "downlink")
+        for kind in ("payload", "dense")
+    ]
+    footers = ("all", "", "", *_sent(*map(sum, sums)))
+    for header, footer in zip(headers, footers, strict=True):
+        found.add_column(header, footer, justify="right")
+    scores = zip(summary["accuracy"], summary["loss"], strict=True)
+    for index, (accuracy, loss) in enumerate(scores):
+        found.add_row(
+            str(index),
+            percent(accuracy),
+            "-" if loss is None else f"{loss:.3f}",
+            *(_sent(*(column[index - 1] for column in sums)) if index else ()),
+        )
+    return found
+
+
+def _sent(up: int, dense_up: int, down: int, dense_down: int) -> tuple[str, str, str, str]:
+    """Return the cells of bytes up and down, each with its part of the dense ones."""
+    return size(up), _part(up, dense_up), size(down), _part(down, dense_down)
+
+
+def _part(sent: float, dense: float) -> str:
+    """Return sent / dense as ``1/57``; ``1/1`` where nothing is gained."""
+    if not sent or not dense:
+        return "-"
+    return f"1/{dense / sent:.3g}" if abs(dense / sent - 1) > 0.05 else "1/1"
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    parameters = summary["num_parameters"]
+    return (
+        f"{summary['scenario']}: {summary['nodes']} nodes, {summary['rounds']} rounds, "
+        f"{parameters:,} parameters in the adapter"
+    )
+
+
+def _totals(summary: Mapping[str, Any], kind: str) -> tuple[list[int], list[int]]:
+    """Return the bytes up and down until each round's end."""
+    return (
+        list(accumulate(summary[f"uplink_{kind}_bytes"])),
+        list(accumulate(summary[f"downlink_{kind}_bytes"])),
+    )
+
+
+def _added(left: list[int], right: list[int]) -> list[int]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _mark_ends(axes: Axes, values: Sequence[float | None]) -> None:
+    """Write the first value below its point, and the last above."""
+    last = len(values) - 1
+    for at, shift in ((0, -14), (last, 7)) if last else ((0, 7),):
+        value = values[at]
+        if value is not None:
+            axes.annotate(
+                f"{value:.1f}", (at, value), (0, shift), textcoords="offset points", ha="center"
+            )
+
+
+def _write_metrics(path: Path, record: RunRecord) -> None:
+    columns = [field.name for field in dataclasses.fields(RoundRecord)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["round", *columns])
+        for index, entry in enumerate(record.rounds):
+            values = [getattr(entry, column) for column in columns]
+            rounded = [round(v, 6) if isinstance(v, float) else v for v in values]
+            writer.writerow([index, *rounded])

@@ -1,0 +1,1 @@
+"""One run: its scenario, its processes, and what the terminal shows of it."""

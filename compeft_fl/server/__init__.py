@@ -1,0 +1,1 @@
+"""The server's half: rounds, broadcast, intake of replies, checkpoints, observers."""

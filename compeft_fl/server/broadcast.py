@@ -1,0 +1,401 @@
+"""What goes down in a round: to each node what it lacks of the global adapter, and an offer.
+
+The one place where bytes go down. `Broadcaster` keeps the versions of the global adapter
+(`compeft_fl.exchange.downlink`) and what is known of each node, by the name that the node gives
+itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.exchange.downlink import Downlink, Shipment
+from compeft_fl.exchange.node_state import NOTHING
+from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
+from compeft_fl.exchange.records import (
+    EXCHANGE_KEY,
+    array_records,
+    offer_record,
+    shipment_record,
+    to_arrays,
+    to_state,
+    update_record,
+)
+from compeft_fl.server.observer import RoundObserver
+from compeft_fl.server.transfers import Transfers
+from compeft_fl.task_vector import Layout, TaskVector
+from compeft_fl.ternary import TernaryVector
+from compeft_fl.wire.messages import decode, encode
+
+__all__ = ["Base", "Broadcaster", "DownlinkOptions", "conform"]
+
+FIRST_CONTACTS = ("snapshot", "seed")
+_MAX_RESYNCS = 2  # of one node in one round
+
+
+@dataclass(frozen=True)
+class DownlinkOptions:
+    """How the global adapter goes down.
+
+    Parameters
+    ----------
+    codec : str
+        Of the deltas. A dense codec sends the whole adapter in each version; "auto" writes each
+        delta in the codec that arrives first.
+    link_mbps : float, optional
+        The speed of a node's link in Mbit/s, for codec "auto" alone.
+    density : float
+        In (0, 1]: the share of parameters of a delta.
+    scale : "mean", "norm" or float
+        The deltas' scale rule, see `compeft_fl.compress`.
+    first_contact : {"snapshot", "seed"}
+        What a node gets of which nothing is known: a lossless snapshot, or nothing but later
+        deltas, because it makes the same start by itself (``initial_adapter`` of the mod). A node
+        whose start differs says so, and gets the snapshot.
+
+    Raises
+    ------
+    ParameterError
+        An unknown first contact; the others are checked where they are used.
+    """
+
+    codec: str = "golomb"
+    density: float = 0.2
+    scale: str | float = "mean"
+    first_contact: str = "snapshot"
+    link_mbps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.first_contact not in FIRST_CONTACTS:
+            raise ParameterError(
+                f"expected first_contact among {', '.join(FIRST_CONTACTS)}; "
+                f"found {self.first_contact!r}"
+            )
+
+
+class Base:
+    """The global adapter that a round's replies are relative to.
+
+    Parameters
+    ----------
+    arrays : flwr.app.ArrayRecord
+        One Array per tensor: theta.
+    version : int
+        What the nodes hold of it; replies must be relative to that version.
+
+    Raises
+    ------
+    LayoutError
+        Arrays that are no adapter's: not numpy's, or of another data type.
+    NonFiniteError
+        NaN or Inf; the message names the tensor.
+    """
+
+    def __init__(self, arrays: ArrayRecord, version: int) -> None:
+        self.arrays, self.version = arrays, version
+        self.state: dict[str, NDArray[Any]] = to_state(arrays)
+        self.adapter = TaskVector.from_dict(self.state)
+        if not self.adapter.num_parameters:
+            raise LayoutError("expected a global adapter with parameters, found none")
+        self.adapter.check_finite()
+        self.layout: Layout = self.adapter.layout
+
+    def read(self, blob: bytes) -> TernaryVector | TaskVector:
+        """A reply's Update, which must be for this adapter and relative to this version.
+
+        Raises
+        ------
+        WireError
+        """
+        return decode(blob, layout=self.layout, base_version=self.version)
+
+    def moved_by(self, change: TaskVector) -> ArrayRecord:
+        """The adapter plus a task vector, one Array per tensor, of the data types that it had.
+
+        Raises
+        ------
+        NonFiniteError
+            A value beyond what its tensor's data type holds; the message names the tensor.
+        """
+        with np.errstate(over="ignore"):
+            return _finite(change.apply(self.state))
+
+
+@dataclass
+class _Node:
+    """What is known of a node: the version that it keeps, and the last update that was taken."""
+
+    version: int = NOTHING
+    taken: int = NOTHING
+
+
+class Broadcaster:
+    """Versions of the global adapter, and who has which.
+
+    Parameters
+    ----------
+    observer : RoundObserver
+    options : DownlinkOptions, optional
+    """
+
+    def __init__(self, observer: RoundObserver, options: DownlinkOptions | None = None) -> None:
+        self._observer = observer
+        self.transfers = Transfers(observer)
+        self.options = options or DownlinkOptions()
+        self.federation = secrets.token_hex(8)
+        self._downlink: Downlink | None = None
+        self._base: Base | None = None
+        self._nodes: dict[str, _Node] = {}  # by name
+        self._names: dict[int, str] = {}  # by node id
+        self._resyncs: dict[int, int] = {}  # in this round, by node id
+        self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
+        self._sent: dict[int, tuple[RecordDict, bool]] = {}  # likewise: its content, by node id
+        self._envelope: dict[str, Any] = {}
+        self._key = ""
+
+    def base(self, arrays: ArrayRecord) -> Base:
+        """Make a version of these arrays, unless they have one, and say what it is.
+
+        Raises
+        ------
+        LayoutError, NonFiniteError
+            As `Base`; arrays of another layout than before.
+        """
+        if self._base is None or self._base.arrays is not arrays:
+            base = Base(arrays, 0)
+            started = time.perf_counter()
+            if self._downlink is None:
+                options = self.options
+                self._downlink = Downlink(
+                    base.adapter,
+                    density=options.density,
+                    scale=options.scale,
+                    codec=options.codec,
+                    link_mbps=options.link_mbps,
+                )
+            else:
+                self._downlink.advance(base.adapter)
+            self.transfers.encoded(time.perf_counter() - started)
+            base.version = self._downlink.version
+            self._base = base
+        return self._base
+
+    def address(
+        self, messages: Iterable[Message], server_round: int, kind: str, base: Base
+    ) -> dict[int, Base]:
+        """Replace the adapter in a round's messages by what each node lacks, and an offer.
+
+        Messages that shared their content share it still, where the nodes lack the same.
+
+        Returns
+        -------
+        dict of int to Base
+            What each node's reply will be relative to. Nodes whose message has no arrays are left
+            out.
+
+        Raises
+        ------
+        ParameterError
+            A message with more than one ArrayRecord.
+        LayoutError, NonFiniteError
+            As `Base`, for arrays of a strategy's own for some nodes. These have no versions: they
+            go as one dense Update.
+        """
+        self._resyncs.clear()
+        self._shipments.clear()
+        self._sent.clear()
+        self.transfers.begin()
+        size = base.layout.num_parameters
+        addressed: dict[int, Base] = {}
+        sent: dict[tuple[int, int, int], tuple[RecordDict, RecordDict]] = {}
+        own_bases: dict[int, tuple[Base, ArrayRecord, int]] = {}
+        groups: dict[int, tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
+        for message in messages:
+            records = array_records(message.content)
+            node_id = message.metadata.dst_node_id
+            if not records:
+                self.transfers.outgoing(server_round, kind, node_id, 0, 0)
+                continue
+            if len(records) > 1:
+                raise ParameterError(
+                    f"expected one ArrayRecord in a message, found {len(records)}: "
+                    f"{', '.join(records)}"
+                )
+            ((self._key, arrays),) = records.items()
+            if arrays is not base.arrays and arrays != base.arrays:
+                own = own_bases.setdefault(id(arrays), _own(arrays, base.version))
+                message.content = RecordDict({**message.content, self._key: own[1]})
+                addressed[node_id] = own[0]
+                self._observer.on_broadcast(server_round, kind, [node_id], own[2])
+                self.transfers.outgoing(server_round, kind, node_id, size, own[2])
+                continue
+            shipment, taken = self._for(node_id)
+            self.transfers.outgoing(server_round, kind, node_id, size, shipment.num_bytes)
+            content = message.content
+            same = (id(content), id(shipment), taken)
+            if same not in sent:
+                # The old content stays referenced, so that no other gets its id.
+                sent[same] = content, self._content(content, shipment, taken)
+            message.content = sent[same][1]
+            groups.setdefault(id(shipment), (shipment.num_bytes, []))[1].append(node_id)
+            addressed[node_id] = base
+            self._sent[node_id] = content, taken == UNKNOWN
+            metadata = message.metadata
+            self._envelope = {
+                "message_type": metadata.message_type,
+                "ttl": metadata.ttl,
+                "group_id": metadata.group_id,
+            }
+        for num_bytes, nodes in groups.values():
+            self._observer.on_broadcast(server_round, kind, nodes, num_bytes)
+        return addressed
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the adapter; 0 before there is one."""
+        return self._downlink.layout.num_parameters if self._downlink else 0
+
+    def heard(self, node_id: int, answer: Answer) -> None:
+        """Note what a node says of itself."""
+        self._names[node_id] = answer.name
+        known = self._nodes.setdefault(answer.name, _Node())
+        known.version = answer.version
+
+    def took(self, node_id: int) -> None:
+        """Note that a node's update, which is relative to the current version, was merged."""
+        if node_id in self._names and self._downlink is not None:
+            self._nodes[self._names[node_id]].taken = self._downlink.version
+
+    def resync(self, node_id: int, answer: Answer, server_round: int) -> Message | None:
+        """The round's message to a node once more, with what it lacks.
+
+        Parameters
+        ----------
+        node_id : int
+        answer : Answer
+            The node's, after `heard`.
+        server_round : int
+
+        Returns
+        -------
+        flwr.app.Message or None
+            None where the node was sent nothing, or has had its chances.
+        """
+        attempts = self._resyncs[node_id] = self._resyncs.get(node_id, 0) + 1
+        if attempts > _MAX_RESYNCS or self._downlink is None or node_id not in self._sent:
+            return None
+        content, was_unknown = self._sent[node_id]
+        if attempts == 1 and was_unknown and answer.version != NOTHING:
+            shipment = self._lacking(answer.version)  # it has only been given no name
+        else:
+            shipment = self._snapshot()
+        self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
+        size = self.num_parameters
+        self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
+        content = self._content(content, shipment, self._nodes[answer.name].taken)
+        return Message(content, node_id, **self._envelope)
+
+    def _for(self, node_id: int) -> tuple[Shipment, int]:
+        """What a node is sent, and which of its updates was taken last."""
+        if self._downlink is None:
+            raise ParameterError("expected `base` before `address`")
+        name = self._names.get(node_id)
+        if name is None:
+            start = 0 if self.options.first_contact == "seed" else None
+            return self._shared(self._lacking(start)), UNKNOWN
+        known = self._nodes[name]
+        version = None if known.version == NOTHING else known.version
+        return self._shared(self._lacking(version)), known.taken
+
+    def _lacking(self, version: int | None) -> Shipment:
+        """See `Downlink.lacking`; timed."""
+        return self._timed(lambda downlink: downlink.lacking(version))
+
+    def _snapshot(self) -> Shipment:
+        """See `Downlink.snapshot`; timed."""
+        return self._timed(lambda downlink: downlink.snapshot())
+
+    def _timed(self, make: Callable[[Downlink], Shipment]) -> Shipment:
+        if self._downlink is None:
+            raise ParameterError("expected `base` before `address`")
+        started = time.perf_counter()
+        shipment = make(self._downlink)
+        self.transfers.encoded(time.perf_counter() - started)
+        return shipment
+
+    def _shared(self, shipment: Shipment) -> Shipment:
+        """The same object for equal shipments, so that messages share their content."""
+        return self._shipments.setdefault((shipment.kind, len(shipment.blobs)), shipment)
+
+    def _content(self, content: RecordDict, shipment: Shipment, taken: int) -> RecordDict:
+        """A message's content with a shipment in the place of its arrays."""
+        if self._downlink is None:
+            raise ParameterError("expected `base` before `address`")
+        offer = Offer(self.federation, self._downlink.version, self._downlink.digest, taken)
+        others = {key: record for key, record in content.items() if key != self._key}
+        others[EXCHANGE_KEY] = offer_record(offer, self._key, shipment.kind)
+        if shipment.blobs:
+            size = self._downlink.layout.num_parameters
+            others[self._key] = shipment_record(shipment, size)
+        return RecordDict(others)
+
+    # What a checkpoint keeps.
+
+    def state(self) -> dict[str, Any]:
+        """Versions and nodes, for `restore`: a dict with arrays, bytes and plain values."""
+        if self._downlink is None:
+            raise ParameterError("expected a version before a checkpoint")
+        nodes = {name: asdict(node) for name, node in self._nodes.items()}
+        return {"federation": self.federation, "nodes": nodes, **self._downlink.state()}
+
+    def restore(self, arrays: ArrayRecord, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, with the global adapter of that moment."""
+        base = Base(arrays, int(state["version"]))
+        options = self.options
+        self._downlink = Downlink(
+            base.adapter,
+            density=options.density,
+            scale=options.scale,
+            codec=options.codec,
+            link_mbps=options.link_mbps,
+        )
+        self._downlink.restore(state)
+        self._base = base
+        self.federation = str(state["federation"])
+        self._nodes = {str(name): _Node(**node) for name, node in state["nodes"].items()}
+        self._names = {}
+
+
+def _own(arrays: ArrayRecord, version: int) -> tuple[Base, ArrayRecord, int]:
+    """Arrays that are not the global adapter: a base of their own, and one Update that says all."""
+    base = Base(arrays, version)
+    blob = encode(base.adapter, "dense", base_version=version)
+    return base, update_record(blob, base.adapter.num_parameters), len(blob)
+
+
+def conform(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+    """Arrays in the order and the data types of others (Flower's adaptive strategies make float64).
+
+    Raises
+    ------
+    LayoutError, NonFiniteError
+        Other names or shapes; values that are no numbers, or beyond their data type.
+    """
+    found, wanted = to_state(arrays), to_state(like)
+    Layout.of(wanted).check(found)
+    with np.errstate(over="ignore"):
+        return _finite({name: found[name].astype(old.dtype) for name, old in wanted.items()})
+
+
+def _finite(state: dict[str, NDArray[Any]]) -> ArrayRecord:
+    TaskVector.from_dict(state).check_finite()
+    return to_arrays(state)

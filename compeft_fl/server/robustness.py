@@ -1,0 +1,309 @@
+"""Similarity of each reply to the direction of the round, and outliers set aside by a rule.
+
+The direction is the majority of signs (`compeft_fl.merging.majority`): bit masks, no dense vectors.
+A reply cannot be compared with it before all have come, so the rule goes over a round's replies
+more than once. They wait as the encoded bytes that they came as, in a temporary file beyond a
+limit, and are decoded again one at a time: the server's memory stays flat, at the price of two
+more decodings, and of some more where there are outliers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+
+from compeft_fl.errors import CompeftError
+from compeft_fl.exchange.records import LOGGER, metric_records
+from compeft_fl.merging.majority import Agreement, SignMajority
+from compeft_fl.server.intake import Intake, Reply
+from compeft_fl.server.observer import RoundObserver
+from compeft_fl.server.sign_agreement import SignAgreementFilter
+from compeft_fl.server.streaming_grid import name_nodes
+from compeft_fl.task_vector import Layout, TaskVector, is_torch
+from compeft_fl.ternary import TernaryVector
+from compeft_fl.wire.messages import decode
+
+__all__ = ["SignAgreementFilter", "Similarity", "SimilarityObserver", "take_screened"]
+
+Update = TernaryVector | TaskVector
+
+_PASSES = 8  # over a round's replies, at most, to find whose votes count
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How a reply relates to the others of its round.
+
+    Attributes
+    ----------
+    node_id : int
+    cosine : float
+        Of its signs to the majority of the other replies' signs, -1 .. 1.
+    norm : float
+        The update's Euclidean norm.
+    num_nonzeros : int
+    reason : str or None
+        Why the rule sets it aside (a dry run: would set it aside); None where it does not.
+    """
+
+    node_id: int
+    cosine: float
+    norm: float
+    num_nonzeros: int
+    reason: str | None
+
+
+@runtime_checkable
+class SimilarityObserver(Protocol):
+    """What a strategy's observer may have besides `RoundObserver`'s methods."""
+
+    def on_similarity(self, server_round: int, similarities: Sequence[Similarity]) -> None:
+        """All usable training replies of a round, in the order in which they came."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A reply that waits: where its bytes are, and what is known of it."""
+
+    node_id: int
+    num_bytes: int
+    weight: float
+    position: int
+    sizes: tuple[int, int]  # of the metrics and of the Update
+    norm: float
+    largest: float  # scale; 0 for a dense update
+    num_nonzeros: int
+    votes: bool = True
+    found: Agreement = field(default_factory=Agreement)
+    reason: str | None = None
+
+
+class _Screening:
+    """The replies of one round, spooled and judged."""
+
+    def __init__(self, rule: SignAgreementFilter, layout: Layout) -> None:
+        self._rule, self._layout = rule, layout
+        self._majority = SignMajority(layout)
+        self._entries: list[_Entry] = []
+        self._spool = tempfile.SpooledTemporaryFile(max_size=rule.memory_bytes)  # noqa: SIM115
+        self._carrier: Message | None = None
+        self._most_norm = math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._spool.close()
+
+    def add(self, reply: Reply, blob: bytes, update: Update, weight: float) -> None:
+        """Count a reply's vote, and keep its bytes and metrics."""
+        records = metric_records(reply.message.content)
+        told = json.dumps({key: dict(metrics) for key, metrics in records.items()}).encode()
+        entry = _Entry(
+            reply.node_id, reply.num_bytes, weight, self._spool.tell(), (len(told), len(blob)),
+            *_sizes(update),
+        )  # fmt: skip
+        try:
+            self._spool.write(told)
+            self._spool.write(blob)
+        except OSError as error:
+            self._spool.seek(entry.position)
+            raise CompeftError(f"the reply cannot be kept until all have come: {error}") from None
+        self._majority.add(update)
+        self._entries.append(entry)
+        if self._carrier is None:
+            self._carrier = copy.copy(reply.message)
+            self._carrier.content = RecordDict()
+
+    def judge(self) -> list[Similarity]:
+        """Compare each reply with the others, and note which are set aside."""
+        entries, rule = self._entries, self._rule
+        enough = len(entries) >= rule.min_replies
+        if enough:
+            self._judge_sizes()
+        self._compare()
+        if enough:
+            self._most_norm = rule.max_norm * statistics.median(entry.norm for entry in entries)
+            outliers = self._judge_signs()
+            for entry in entries:
+                entry.reason = entry.reason or outliers.get(entry.node_id)
+        return [
+            Similarity(e.node_id, e.found.cosine, e.norm, e.num_nonzeros, e.reason) for e in entries
+        ]
+
+    def _compare(self) -> None:
+        for entry in self._entries:
+            entry.found = self._majority.compare(self._update(entry), voted=entry.votes)
+
+    def _judge_signs(self) -> dict[int, str]:
+        """Those that differ lose their votes, the worst first, until the others agree."""
+        outliers: dict[int, str] = {}
+        for _ in range(_PASSES):
+            found = {entry.node_id: entry.found for entry in self._entries}
+            voters = [entry for entry in self._entries if entry.votes]
+            voter_ids = [entry.node_id for entry in voters]
+            outliers = self._rule.judge_signs(found, voter_ids)
+            worst = [entry for entry in voters if entry.node_id in outliers]
+            if not worst:
+                break
+            worst.sort(key=lambda entry: entry.found.deviations)
+            for entry in worst[: (len(worst) + 1) // 2]:
+                self._silence(entry)
+            self._compare()
+        self._rule.remember(found, voter_ids, outliers)
+        return outliers
+
+    def _silence(self, entry: _Entry) -> None:
+        """Take an entry's vote back."""
+        entry.votes = False
+        self._majority.remove(self._update(entry))
+
+    def replies(self) -> Iterator[tuple[Reply, Update, float, str | None]]:
+        """Each reply with its update and weight, both within bounds, and why it is set aside."""
+        if not self._entries or self._carrier is None:
+            return
+        most = self._rule.max_weight * statistics.median(e.weight for e in self._entries)
+        if len(self._entries) < self._rule.min_replies:
+            most = math.inf
+        for entry in self._entries:
+            self._spool.seek(entry.position)
+            told: dict[str, Any] = json.loads(self._spool.read(entry.sizes[0]))
+            # A message is kilobytes of Python objects. One stands for all, with their contents.
+            self._carrier.content = RecordDict(
+                {key: MetricRecord(metrics) for key, metrics in told.items()}
+            )
+            reply = Reply(entry.node_id, self._carrier, entry.num_bytes)
+            update = self._update(entry)
+            if entry.norm > self._most_norm:
+                update = _shortened(update, self._most_norm / entry.norm)
+            yield reply, update, min(entry.weight, most), entry.reason
+
+    def _update(self, entry: _Entry) -> Update:
+        self._spool.seek(entry.position + entry.sizes[0])
+        return decode(self._spool.read(entry.sizes[1]), layout=self._layout)
+
+    def _judge_sizes(self) -> None:
+        """Those far larger than the median are set aside; they and the far wider have no vote."""
+        most = self._rule.max_size
+        norm = most * statistics.median(e.norm for e in self._entries)
+        scale = most * statistics.median(e.largest for e in self._entries)
+        width = most * statistics.median(e.num_nonzeros for e in self._entries)
+        for entry in self._entries:
+            if norm > 0 and entry.norm > norm:
+                entry.reason = f"its norm {entry.norm:.3g} is over {most:g} times the median"
+            elif scale > 0 and entry.largest > scale:
+                entry.reason = f"its scale {entry.largest:.3g} is over {most:g} times the median"
+            if entry.reason is not None or entry.num_nonzeros > width > 0:
+                self._silence(entry)
+
+
+def take_screened(
+    rule: SignAgreementFilter | None,
+    layout: Layout,
+    intake: Intake,
+    observer: RoundObserver,
+    replies: Iterable[Message],
+    read: Callable[[Reply], tuple[float, bytes, Update]],
+    add: Callable[[Reply, Update, float], None],
+) -> None:
+    """Take a round's training replies by way of an `Intake`, and of a rule where there is one.
+
+    Parameters
+    ----------
+    rule : SignAgreementFilter, optional
+    layout : Layout
+    intake : Intake
+    observer : RoundObserver
+        Is told of the similarities where it is a `SimilarityObserver`.
+    replies : iterable of flwr.app.Message
+    read : callable
+        Checks a reply; gives its weight, its Update's bytes, and what they decode to.
+    add : callable
+        Merges an update with a weight, and accepts the reply. With a rule that sets replies aside
+        it is called when all have come, with a message that has metrics and no arrays. A
+        CompeftError sets the reply aside.
+    """
+    if rule is None:
+
+        def merge(reply: Reply, value: tuple[float, bytes, Update]) -> None:
+            weight, _, update = value
+            add(reply, update, weight)
+
+        intake.take(replies, read, merge)
+        return
+    with _Screening(rule, layout) as screening:
+
+        def keep(reply: Reply, value: tuple[float, bytes, Update]) -> None:
+            weight, blob, update = value
+            screening.add(reply, blob, update, weight)
+            if rule.dry_run:
+                add(reply, update, weight)
+
+        intake.take(replies, read, keep)
+        similarities = screening.judge()
+        _tell(rule, intake.server_round, similarities, observer)
+        if rule.dry_run:
+            return
+        for reply, update, weight, reason in screening.replies():
+            try:
+                if reason is not None:
+                    raise CompeftError(reason)
+                add(reply, update, weight)
+            except CompeftError as error:
+                intake.set_aside(reply.node_id, reply.num_bytes, str(error))
+
+
+def _tell(
+    rule: SignAgreementFilter,
+    server_round: int,
+    similarities: list[Similarity],
+    observer: RoundObserver,
+) -> None:
+    """One line in the log, and the observer's share."""
+    if not similarities:
+        return
+    cosines = [each.cosine for each in similarities]
+    outliers = [each.node_id for each in similarities if each.reason is not None]
+    said = f"outliers{' (dry run)' if rule.dry_run else ''}: {name_nodes(outliers)}"
+    LOGGER.info(
+        "round %d: cosine of signs to the majority of the others: min %.3f, median %.3f of %d; %s",
+        server_round,
+        min(cosines),
+        statistics.median(cosines),
+        len(cosines),
+        said if outliers else "no outliers",
+    )
+    if isinstance(observer, SimilarityObserver):
+        observer.on_similarity(server_round, similarities)
+
+
+def _sizes(update: Update) -> tuple[float, float, int]:
+    """The norm, the largest scale of a ternary update, and the number of nonzeros."""
+    if isinstance(update, TernaryVector):
+        largest = float(update.scales.max(initial=0.0))
+        return math.sqrt(update.dot(update)), largest, update.num_nonzeros
+    dense: Any = update.values
+    values = dense.cpu().numpy() if is_torch(dense) else dense
+    norm = math.sqrt(float(np.square(values, dtype=np.float64).sum()))
+    return norm, 0.0, int(np.count_nonzero(values))
+
+
+def _shortened(update: Update, factor: float) -> Update:
+    if isinstance(update, TernaryVector):
+        return update.with_scales(update.scales * np.float32(factor))
+    return TaskVector(update.layout, update.values * factor)
