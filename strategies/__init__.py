@@ -6,6 +6,7 @@ from compeft_fl.server.broadcast import DownlinkOptions
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
 from compeft_fl.server.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
 from compeft_fl.server.rounds import Checkpointing
+from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
 from compeft_fl.server.transfers import Transfers
 from compeft_fl.strategies.average import ComPEFTAverage
@@ -28,6 +29,7 @@ __all__ = [
     "RoundCount",
     "RoundCounts",
     "RoundObserver",
+    "SignAgreementFilter",
     "StreamingGrid",
     "TransferObserver",
     "Transfers",

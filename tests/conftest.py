@@ -12,6 +12,7 @@ import platform
 import re
 from pathlib import Path
 
+import kinds
 import numpy as np
 import pytest
 
@@ -24,6 +25,12 @@ WORDS = {
     "colours": ["red", "green", "blue", "yellow", "black", "white", "brown"],
     "numbers": ["one", "two", "three", "four", "five", "six", "seven"],
 }
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        kinds.mark(item)
 
 
 @pytest.fixture(autouse=True)

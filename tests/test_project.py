@@ -1,4 +1,4 @@
-"""The project itself: what lies where, what is exported, and what the README says."""
+"""The project itself: what lies where, what is exported, what is packed, and its map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib
 import os
 import pkgutil
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -22,11 +21,9 @@ from packaging.requirements import Requirement
 
 import compeft_fl
 import compeft_fl.strategies
-from compeft_fl.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-README = (ROOT / "README.md").read_text()
 MAP = (ROOT / "compeft_fl" / "README.md").read_text()
 GENERATED = "compeft_fl.wire.v1.update_pb2"
 MAX_LINES = 450
@@ -156,37 +153,6 @@ def test_examples_in_docstrings_run(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-def blocks(language):
-    """The README's code blocks of one language."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert found
-    return found
-
-
-def test_the_readmes_python_runs():
-    for block in blocks("python"):
-        if ">>>" in block:
-            test = doctest.DocTestParser().get_doctest(block, {}, "README", "README.md", 0)
-            assert test.examples
-            assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
-        else:
-            exec(compile(block, "README.md", "exec"), {})
-
-
-def test_the_readmes_commands_exist():
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    parser = _parser()
-    for line in "".join(blocks("sh")).splitlines():
-        words = shlex.split(line, comments=True)
-        if words[0] == "make":
-            assert words[1] in targets
-        else:
-            assert words[0] == "compeft-fl"
-            assert callable(parser.parse_args(words[1:]).handler)
-    for target in re.findall(r"`make ([a-z-]+)`", README):
-        assert target in targets
-
-
 def test_each_make_target_knows_how():
     for target in re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
@@ -222,10 +188,6 @@ def test_the_rooms_of_the_map_are_the_layers():
     layers = [name for layer in contract["layers"] for name in re.split(r" [|:] ", layer)]
     assert sorted(named) == sorted(set(layers) | {"mod"})
     assert [name for name in named if name in layers] == layers
-
-
-def test_nothing_is_left_to_fill_in():
-    assert re.findall(r"<!--.*", README) == []
 
 
 # --- packaging --------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""What kind a test is of, told from what it uses, so that nobody has to remember to say so.
+
+`make test-fast` leaves out what starts processes or builds models. A test does so where a name that
+stands for it occurs in the test's own code, in its fixtures', or in that of the helpers of this
+folder which these use.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from pathlib import Path
+
+import pytest
+
+PROCESSES = frozenset(
+    {"subprocess", "multiprocessing", "FlowerSession", "Deployment", "ProcessFamily", "warm"}
+)
+MODELS = frozenset({"torch", "transformers", "peft", "datasets", "minilm", "tiny_model"})
+STARTS_FLOWER = ("ray", "deploy", "slow_faults")
+HERE = Path(__file__).parent
+
+
+def mark(item: pytest.Item) -> None:
+    """Give a test the marks of its kinds; those that start Flower run one after the other."""
+    starts_flower = any(item.get_closest_marker(name) for name in STARTS_FLOWER)
+    names = _names(item)
+    if starts_flower or names & PROCESSES:
+        item.add_marker("processes")
+    if names & MODELS:
+        item.add_marker("models")
+    if starts_flower:
+        item.add_marker(pytest.mark.xdist_group("flower"))
+
+
+def _names(item: pytest.Item) -> set[str]:
+    """All names in the code of a test, its fixtures, and the helpers that they use."""
+    fixtures = [definition.func for each in _fixtures(item) for definition in each]
+    seen: dict[int, object] = {}
+    names = set(getattr(item, "fixturenames", ()))
+    waiting = [getattr(item, "function", None), *fixtures]
+    while waiting:
+        thing = inspect.unwrap(waiting.pop())  # type: ignore[arg-type]
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, type):
+            waiting += [value for value in vars(thing).values() if _is_code(value)]
+            waiting += [base for base in thing.__mro__[1:] if _is_ours(base)]
+        elif isinstance(thing, types.FunctionType):
+            here = _code_names(thing.__code__)
+            names |= here
+            known = [thing.__globals__[name] for name in here if name in thing.__globals__]
+            helpers = [value for value in known if isinstance(value, types.ModuleType)]
+            known += [vars(each)[name] for each in helpers for name in here & set(vars(each))]
+            waiting += [value for value in known if _is_code(value) and _is_ours(value)]
+    return names
+
+
+def _fixtures(item: pytest.Item) -> list:
+    info = getattr(item, "_fixtureinfo", None)
+    return [] if info is None else list(info.name2fixturedefs.values())
+
+
+def _code_names(code: types.CodeType) -> set[str]:
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*(_code_names(part) for part in inner))
+
+
+def _is_code(value: object) -> bool:
+    return isinstance(value, types.FunctionType | type)
+
+
+def _is_ours(value: object) -> bool:
+    file = getattr(inspect.getmodule(value), "__file__", None)
+    return file is not None and HERE in Path(file).parents
