@@ -43,6 +43,8 @@ and where.
 
 from __future__ import annotations
 
+from compeft_fl.printable import MAX_TEXT, printable
+
 __all__ = [
     "AdapterError",
     "BlockCountError",
@@ -81,7 +83,19 @@ __all__ = [
 
 
 class CompeftError(Exception):
-    """The root of the tree."""
+    """The root of the tree.
+
+    A text can quote what a stranger wrote: whatever it is, it is kept short and without characters
+    that a terminal acts on, so that every log and every command may show it.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(
+            *(
+                printable(argument, MAX_TEXT, keep="\n") if isinstance(argument, str) else argument
+                for argument in arguments
+            )
+        )
 
 
 class ParameterError(CompeftError, ValueError):

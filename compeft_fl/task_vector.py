@@ -7,6 +7,8 @@ another device, the vector stays there as a torch tensor.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, NonFiniteError
+from compeft_fl.printable import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,8 @@ __all__ = ["Layout", "TaskVector", "TensorSpec"]
 
 _DTYPE_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _MAX_PARAMETERS = 1 << 62  # so that int64 arithmetic on positions cannot overflow
+MAX_DIMENSIONS = 32  # what every array library takes
+_MAX_BESIDE_ZERO = 1 << 56  # of a tensor without parameters: its strides are numbers too
 
 
 def is_torch(array: Any) -> bool:
@@ -66,6 +71,30 @@ class TensorSpec:
         return size
 
 
+def _check_spec(tensor: TensorSpec) -> None:
+    """Raise LayoutError for a tensor that no array library could hold."""
+    if tensor.dtype not in _DTYPE_NAMES.values():
+        raise LayoutError(
+            f"expected f32, f16 or bf16, found {quoted(tensor.dtype)} in {quoted(tensor.name)}"
+        )
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise LayoutError(
+            f"expected at most {MAX_DIMENSIONS} dimensions, found {len(tensor.shape)} "
+            f"in {quoted(tensor.name)}"
+        )
+    if any(not 0 <= length < 1 << 64 for length in tensor.shape):
+        raise LayoutError(
+            f"expected lengths in 0 .. 2^64 - 1, found {tensor.shape} in {quoted(tensor.name)}"
+        )
+    if 0 in tensor.shape and math.prod(filter(None, tensor.shape)) > _MAX_BESIDE_ZERO:
+        raise LayoutError(
+            f"expected lengths of at most 2^56 in all beside a 0, found {tensor.shape} "
+            f"in {quoted(tensor.name)}"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in tensor.name):
+        raise LayoutError(f"expected names that UTF-8 can hold, found {quoted(tensor.name)}")
+
+
 class Layout:
     """The order in which an adapter's tensors make up one flat vector.
 
@@ -77,7 +106,8 @@ class Layout:
     Raises
     ------
     LayoutError
-        Two tensors of one name, a negative dimension, or an unknown data type.
+        Two tensors of one name, a negative dimension, more than 32 dimensions, more parameters than
+        2^62, or an unknown data type.
 
     Examples
     --------
@@ -87,22 +117,13 @@ class Layout:
     """
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
-        self.tensors = tuple(tensors)
-        seen: set[str] = set()
-        for tensor in self.tensors:
-            if tensor.name in seen:
-                raise LayoutError(f"expected each name once, found {tensor.name!r} twice")
-            if tensor.dtype not in _DTYPE_NAMES.values():
-                raise LayoutError(
-                    f"expected f32, f16 or bf16, found {tensor.dtype!r} in {tensor.name!r}"
-                )
-            if any(not 0 <= length < 1 << 64 for length in tensor.shape):
-                raise LayoutError(
-                    f"expected lengths in 0 .. 2^64 - 1, found {tensor.shape} in {tensor.name!r}"
-                )
-            if any("\ud800" <= character <= "\udfff" for character in tensor.name):
-                raise LayoutError(f"expected names that UTF-8 can hold, found {tensor.name!r}")
-            seen.add(tensor.name)
+        by_name: dict[str, TensorSpec] = {}
+        for tensor in tensors:  # checked one by one: a hostile list ends at its first fault
+            if tensor.name in by_name:
+                raise LayoutError(f"expected each name once, found {quoted(tensor.name)} twice")
+            _check_spec(tensor)
+            by_name[tensor.name] = tensor
+        self.tensors = tuple(by_name.values())
         self.sizes = tuple(tensor.size for tensor in self.tensors)
         self.num_parameters = sum(self.sizes)
         if self.num_parameters > _MAX_PARAMETERS:
@@ -123,13 +144,13 @@ class Layout:
             dtype = str(tensor.dtype).rpartition(".")[2]
             if dtype not in _DTYPE_NAMES:
                 raise LayoutError(
-                    f"expected float32, float16 or bfloat16, found {dtype} in tensor {name!r}"
+                    f"expected float32, float16 or bfloat16, found {dtype} in tensor {quoted(name)}"
                 )
             shape = tuple(int(length) for length in tensor.shape)
             tensors.append(TensorSpec(name, shape, _DTYPE_NAMES[dtype]))
         return cls(tensors)
 
-    @property
+    @functools.cached_property
     def offsets(self) -> NDArray[np.int64]:
         """Where each tensor starts in the flat vector, and where the last ends; shape (n + 1,)."""
         return np.cumsum([0, *self.sizes], dtype=np.int64)
@@ -150,15 +171,15 @@ class Layout:
         names = [tensor.name for tensor in self.tensors]
         for name in names:
             if name not in state:
-                raise LayoutError(f"expected tensor {name!r}, found none of that name")
+                raise LayoutError(f"expected tensor {quoted(name)}, found none of that name")
         if len(state) != len(names):
             extra = sorted(set(state) - set(names))
-            raise LayoutError(f"expected {len(names)} tensors, found also {extra[0]!r}")
+            raise LayoutError(f"expected {len(names)} tensors, found also {quoted(extra[0])}")
         for tensor in self.tensors:
             shape = tuple(state[tensor.name].shape)
             if shape != tensor.shape:
                 raise LayoutError(
-                    f"expected shape {tensor.shape}, found {shape} in tensor {tensor.name!r}"
+                    f"expected shape {tensor.shape}, found {shape} in tensor {quoted(tensor.name)}"
                 )
 
     def __eq__(self, other: object) -> bool:
@@ -293,7 +314,7 @@ class TaskVector:
             index = int(np.argmin(finite))
             name = self.layout.tensor_at(index).name
             raise NonFiniteError(
-                f"expected finite values, found {float(values[index])} in tensor {name!r} "
+                f"expected finite values, found {float(values[index])} in tensor {quoted(name)} "
                 f"(parameter {index} of the vector)"
             )
 

@@ -98,7 +98,12 @@ def read_layout(data: bytes) -> Tensors:
             raise FaultError(
                 "DTypeError", f"tensor {len(tensors)} has dtype {dtype}, not 1, 2 or 3"
             )
-        tensors.append((text_of(fields, 1), tuple(numbers_of(fields, 2)), DTYPES[dtype]))
+        shape = tuple(numbers_of(fields, 2))
+        if len(shape) > 32:
+            raise malformed("a shape of more than 32 lengths")
+        if 0 in shape and math.prod(length for length in shape if length) > 1 << 56:
+            raise malformed("a tensor without parameters whose other lengths are too large")
+        tensors.append((text_of(fields, 1), shape, DTYPES[dtype]))
     if len({name for name, _, _ in tensors}) < len(tensors):
         raise malformed("two tensors of one name")
     if parameters_of(tensors) > 1 << 62:

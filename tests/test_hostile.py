@@ -251,7 +251,24 @@ def test_a_shape_of_many_large_numbers_is_rejected_at_once():
     message.layout.tensors[1].shape[:] = [2**63] * 200_000
     rejected(message, errors.MalformedError, in_header=True)
     message.layout.tensors[1].shape[:] = [2**63] * 200_000 + [0]
-    rejected(message, errors.LayoutMismatchError, in_header=True)
+    rejected(message, errors.MalformedError, in_header=True)
+
+
+def test_more_dimensions_than_an_array_has():
+    message = valid()
+    message.layout.tensors[0].shape[:] = [20, 15] + [1] * 30
+    assert cf.decode(seal(message)).layout.tensors[0].size == 300
+    message.layout.tensors[0].shape[:] = [20, 15] + [1] * 31
+    rejected(message, errors.MalformedError, 32, 33, "lora_A", in_header=True)
+
+
+def test_lengths_beside_a_zero_that_no_array_can_have():
+    message = valid()
+    message.layout.tensors.add(name="empty", shape=[0, 2**56], dtype=1)
+    update = cf.decode(seal(message))
+    assert np.zeros(update.layout.tensors[2].shape, np.float32).size == 0
+    message.layout.tensors[2].shape[:] = [2, 0, 2**56]
+    rejected(message, errors.MalformedError, "beside a 0", in_header=True)
 
 
 def test_no_layout():

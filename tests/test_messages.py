@@ -45,7 +45,7 @@ def test_by_id(codec):
 
 
 def test_another_layout_in_the_bytes_is_described():
-    with pytest.raises(LayoutMismatchError, match=r"tensor 0 .*'f16'.*'f32'"):
+    with pytest.raises(LayoutMismatchError, match=r"tensor 0 .* f16, found .* f32"):
         cf.decode(cf.encode(update()), layout=OTHER)
     fewer = cf.Layout(LAYOUT.tensors[:-1])
     with pytest.raises(LayoutMismatchError, match="5 tensors, found 6"):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.errors import CoverageError, ScaleCountError, ScaleError
+from compeft_fl.errors import ScaleCountError, ScaleError
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 
-__all__ = ["Codec", "Part", "Update", "check_scales"]
+__all__ = ["Codec", "Part", "Update", "check_scales", "paste"]
 
 Update = TernaryVector | TaskVector
 
@@ -92,42 +92,6 @@ def check_scales(scales: Any, layout: Layout) -> NDArray[np.float32]:
     return array
 
 
-def whole(parts: list[Part], layout: Layout) -> Update:
-    """Put parts together that cover a layout, in any order.
-
-    Raises
-    ------
-    CoverageError
-        A gap, an overlap, or parts of different kinds.
-    ScaleCountError
-        Parts with different scales.
-    """
-    parts = sorted(parts, key=lambda part: (part.start, part.stop))
-    at = 0
-    for part in parts:
-        if part.start != at:
-            raise CoverageError(f"expected a part from parameter {at}, found one from {part.start}")
-        at = part.stop
-    if at != layout.num_parameters:
-        raise CoverageError(f"expected {layout.num_parameters} parameters, found {at}")
-    first = parts[0]
-    if any((part.masks is None) != (first.masks is None) for part in parts):
-        raise CoverageError("expected parts of one kind, found ternary and dense ones")
-    if first.masks is None:
-        if len(parts) == 1:
-            return TaskVector(layout, first.values)  # type: ignore[arg-type]
-        return TaskVector(layout, np.concatenate([part.values for part in parts]))
-    if any(not np.array_equal(part.scales, first.scales) for part in parts):  # type: ignore[arg-type]
-        raise ScaleCountError("expected the same scales in every part, found others")
-    if len(parts) == 1:
-        return TernaryVector(layout, *first.masks, first.scales)
-    masks = [np.zeros((at + 63) >> 6, np.uint64) for _ in first.masks]
-    for part in parts:
-        for target, source in zip(masks, part.masks or (), strict=True):
-            _paste(target, source, part.start)
-    return TernaryVector(layout, masks[0], masks[1], first.scales)
-
-
 def masks_of_range(update: TernaryVector, start: int, stop: int) -> tuple[Any, Any]:
     """The masks of parameters ``start .. stop``, counted from ``start``."""
     if (start, stop) == (0, update.num_parameters):
@@ -149,7 +113,7 @@ def cut(mask: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.uint64]:
     return words[:size]
 
 
-def _paste(mask: NDArray[np.uint64], words: NDArray[np.uint64], start: int) -> None:
+def paste(mask: NDArray[np.uint64], words: NDArray[np.uint64], start: int) -> None:
     """Set the bits of ``words`` in a mask from bit ``start`` on."""
     first, shift = start >> 6, np.uint64(start & 63)
     mask[first : first + words.size] |= words << shift

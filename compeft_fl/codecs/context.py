@@ -91,8 +91,14 @@ def matrices(layout: Layout, start: int, stop: int) -> NDArray[np.int64]:
     column, and one without parameters not at all.
     """
     found: list[tuple[int, int]] = []
-    for tensor, where in layout.slices():
-        covered = min(where.stop, stop) - max(where.start, start)
+    offsets = layout.offsets
+    first = max(0, int(np.searchsorted(offsets, start, side="right")) - 1)
+    last = int(np.searchsorted(offsets, stop, side="left"))
+    borders = offsets[first : last + 1].tolist()
+    for tensor, begin, end in zip(
+        layout.tensors[first:last], borders[:-1], borders[1:], strict=True
+    ):
+        covered = min(end, stop) - max(begin, start)
         if covered <= 0:
             continue
         columns = tensor.shape[-1] if tensor.shape and covered == tensor.size else 1

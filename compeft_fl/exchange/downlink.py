@@ -25,11 +25,13 @@ from compeft_fl.compeft import check_density, check_scale, compress
 from compeft_fl.errors import LayoutMismatchError, ParameterError, VersionError, WireError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts, inspect
+from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
+from compeft_fl.wire.opening import open_update
 
 __all__ = ["DIGEST_BYTES", "Downlink", "Replica", "Shipment", "digest_of"]
 
 DIGEST_BYTES = 16
+MAX_DELTAS = 1024  # in a shipment: each costs the node a pass over its adapter
 
 
 def digest_of(values: NDArray[np.float32]) -> bytes:
@@ -184,7 +186,7 @@ class Downlink:
 
     def _forget_what_a_snapshot_beats(self) -> None:
         total = sum(len(blob) for blob in self._log.values())
-        while self._log and total >= self._snapshot_bytes():
+        while self._log and (total >= self._snapshot_bytes() or len(self._log) > MAX_DELTAS):
             total -= len(self._log.popitem(last=False)[1])
 
     # What a checkpoint keeps.
@@ -233,10 +235,10 @@ class Replica:
         WireError
             Bytes that a decoder rejects, or no dense adapter.
         """
-        update = decode_parts(blobs)
-        if not isinstance(update, TaskVector):
+        opened = open_update(blobs)
+        if not opened.dense:  # it takes as many bytes as it has values, so they need no bound
             raise WireError("expected a dense snapshot, found a ternary update")
-        return cls(update.layout, _host(update), inspect(blobs[0]).base_version)
+        return cls(opened.layout, _host(opened.decode().to_task_vector()), opened.base_version)
 
     def advance(self, blobs: Sequence[bytes], version: int) -> Replica:
         """The adapter after the deltas from this version to ``version``; this one is left as it is.
@@ -253,6 +255,8 @@ class Replica:
                 f"expected {version - self.version} deltas from version {self.version} to "
                 f"{version}, found {len(blobs)}"
             )
+        if len(blobs) > MAX_DELTAS:
+            raise WireError(f"expected at most {MAX_DELTAS} deltas, found {len(blobs)}")
         values = self.values.copy()
         for i, blob in enumerate(blobs):
             delta = decode(blob, layout=self.layout, base_version=self.version + i)

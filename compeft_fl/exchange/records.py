@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from compeft_fl.errors import LayoutError, MalformedError
 from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.protocol import Answer, Offer
+from compeft_fl.printable import PrintableFilter
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.wire.messages import STYPE
 
@@ -45,6 +46,7 @@ __all__ = [
 
 # A child of Flower's own logger: shown, formatted and sent where Flower's lines are.
 LOGGER = logging.getLogger("flwr.compeft_fl")
+LOGGER.addFilter(PrintableFilter())  # names, errors and metrics of nodes are a stranger's text
 
 EXCHANGE_KEY = "compeft_fl.exchange"  # the ConfigRecord of offers and answers
 

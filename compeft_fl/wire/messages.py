@@ -1,39 +1,25 @@
-"""Updates to bytes and back: the protobuf ``Update`` of proto/FORMAT.md, and all checks on it.
+"""Updates to bytes and back: the protobuf ``Update`` of proto/FORMAT.md.
 
 Nothing that arrives is trusted: the checksum is compared before the bytes are parsed, every number
 is compared with the layout before memory is taken for it, and each rejection is an error of its own
-class (`compeft_fl.errors.WireError`).
+class (`compeft_fl.errors.WireError`); see `compeft_fl.wire.opening`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import bisect
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from compeft_fl import codecs
 from compeft_fl.codecs import auto
-from compeft_fl.codecs.base import Part, Update, whole
-from compeft_fl.errors import (
-    ChecksumError,
-    CoverageError,
-    DTypeError,
-    ImplausibleSizeError,
-    LayoutError,
-    LayoutMismatchError,
-    MalformedError,
-    MissingBodyError,
-    ParameterError,
-    UnknownLayoutError,
-    UpdateSizeError,
-    VersionError,
-)
-from compeft_fl.task_vector import Layout, TensorSpec
+from compeft_fl.codecs.base import Update
+from compeft_fl.errors import ParameterError, UpdateSizeError
+from compeft_fl.task_vector import Layout
+from compeft_fl.wire.layouts import layout_id, layout_message
+from compeft_fl.wire.opening import CRC_TAG, MAX_PARTS, open_update, parse
 from compeft_fl.wire.v1 import update_pb2
 
 __all__ = [
@@ -50,15 +36,6 @@ __all__ = [
 
 STYPE = "compeft_fl.wire.v1.Update"  # names the bytes, in Flower's Array.stype
 MAX_BODY_BYTES = 512 << 20  # a body that could be larger is cut into parts
-_MAX_MESSAGE_BYTES = (2 << 30) - 1  # protobuf's own limit
-_CRC_TAG = b"\x7d"  # field 15, fixed32
-_ID_BYTES = 16
-
-# Without an expected layout, a few bytes can claim any number of parameters, and two mask bits are
-# taken for each. So many are always allowed, and beyond that so many per byte that arrived: a
-# Golomb body of density 10^-4 has about 5,000 parameters in a byte.
-_PLAUSIBLE_PARAMETERS = 1 << 24
-_PLAUSIBLE_PER_BYTE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -174,16 +151,18 @@ def encode_parts(
         raise ParameterError(
             f"expected max_body_bytes >= {writer.max_body_bytes(1)}, found {max_body_bytes}"
         )
-    borders = [int(offset) for offset in update.layout.offsets]
+    borders = update.layout.offsets.tolist()
     spans, start = [], 0
     while True:
         stop = d
         while writer.max_body_bytes(stop - start) > max_body_bytes:
-            half = start + (stop - start) // 2
-            fitting = [border for border in borders if start < border < stop]
-            best = min(fitting, key=lambda border: abs(border - half), default=half)
-            stop = best if best < stop else half
+            stop = _cut_near_half(borders, start, stop)
         spans.append((start, stop))
+        if len(spans) > MAX_PARTS:
+            raise ParameterError(
+                f"expected a max_body_bytes that makes at most {MAX_PARTS} parts of {d} "
+                f"parameters, found {max_body_bytes}"
+            )
         start = stop
         if start >= d:
             break
@@ -191,6 +170,14 @@ def encode_parts(
         _message(update, codec, span, layout_by_id, base_version, None if i else metadata)
         for i, span in enumerate(spans)
     ]
+
+
+def _cut_near_half(borders: list[int], start: int, stop: int) -> int:
+    """The tensor border within ``start .. stop`` nearest to its half, or the half itself."""
+    half = start + (stop - start) // 2
+    at = bisect.bisect_left(borders, half)
+    near = [border for border in borders[max(0, at - 1) : at + 1] if start < border < stop]
+    return min(near, key=lambda border: abs(border - half), default=half)
 
 
 def _message(
@@ -210,7 +197,7 @@ def _message(
     if layout_by_id:
         head.layout_id = layout_id(update.layout)
     else:
-        head.layout.CopyFrom(_layout_message(update.layout))
+        head.layout.CopyFrom(layout_message(update.layout))
     # Serialised messages that follow each other are one message, so this is in the order of the
     # fields' numbers; protobuf leaves the order of a map's entries to its implementations.
     body = update_pb2.Update(**{writer.field: writer.encode(update, *span)})
@@ -229,29 +216,7 @@ def _metadata_messages(metadata: Mapping[str, str]) -> list[Any]:
 
 def seal(serialised: bytes) -> bytes:
     """Append the checksum: field 15, the CRC-32 of all bytes before it."""
-    return b"".join((serialised, _CRC_TAG, zlib.crc32(serialised).to_bytes(4, "little")))
-
-
-def _layout_message(layout: Layout) -> Any:
-    message = update_pb2.Layout()
-    for tensor in layout.tensors:
-        message.tensors.add(name=tensor.name, shape=tensor.shape, dtype=_DTYPES[tensor.dtype])
-    return message
-
-
-_DTYPES = {
-    "f32": update_pb2.DTYPE_F32,
-    "f16": update_pb2.DTYPE_F16,
-    "bf16": update_pb2.DTYPE_BF16,
-}
-_DTYPE_NAMES = {number: name for name, number in _DTYPES.items()}
-
-
-@functools.lru_cache(maxsize=64)
-def layout_id(layout: Layout) -> bytes:
-    """The 16 bytes that stand for a layout: BLAKE2b-128 of its deterministic serialisation."""
-    serialised = _layout_message(layout).SerializeToString(deterministic=True)
-    return hashlib.blake2b(serialised, digest_size=_ID_BYTES).digest()
+    return b"".join((serialised, CRC_TAG, zlib.crc32(serialised).to_bytes(4, "little")))
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -263,6 +228,7 @@ def decode(
     layout: Layout | None = None,
     base_version: int | None = None,
     device: Any = None,
+    max_parameters: int | None = None,
 ) -> Update:
     """Read an update that is one message, and check every field of it.
 
@@ -275,6 +241,9 @@ def decode(
         The version that the update must be relative to.
     device : torch.device or str, optional
         Decode there, by torch operations; default: on the CPU.
+    max_parameters : int, optional
+        The most parameters where no layout is expected. Default: 2^24, or 2^10 for each byte of the
+        encoded values if that is more, which covers densities from 1/1000.
 
     Returns
     -------
@@ -285,7 +254,13 @@ def decode(
     WireError
         A subclass for each rejection that proto/FORMAT.md lists.
     """
-    return decode_parts([blob], layout=layout, base_version=base_version, device=device)
+    return decode_parts(
+        [blob],
+        layout=layout,
+        base_version=base_version,
+        device=device,
+        max_parameters=max_parameters,
+    )
 
 
 def decode_parts(
@@ -294,40 +269,13 @@ def decode_parts(
     layout: Layout | None = None,
     base_version: int | None = None,
     device: Any = None,
+    max_parameters: int | None = None,
 ) -> Update:
     """Read an update from all of its parts, in any order; see `decode`."""
-    parts: list[Part] = []
-    expected, found = layout, layout
-    for blob in blobs:
-        message, found = _parse(blob, expected)
-        if found is None:
-            raise UnknownLayoutError(
-                f"expected a layout in the bytes or given, found only its id "
-                f"{message.layout_id.hex()}"
-            )
-        if base_version is not None and message.base_version != base_version:
-            raise VersionError(
-                f"expected an update to version {base_version}, found {message.base_version}"
-            )
-        if layout is None and message.num_parameters > _plausible(len(blob)):
-            raise ImplausibleSizeError(
-                f"expected at most {_plausible(len(blob))} parameters in {len(blob)} bytes, "
-                f"found {message.num_parameters}; give the layout if that is what it has"
-            )
-        expected, base_version = found, message.base_version  # the same in every part
-        start, stop = message.offset, message.offset + message.num_parameters
-        if parts and any(part.start < stop and start < part.stop for part in parts):
-            raise CoverageError(f"expected each parameter once, found {start} .. {stop} twice")
-        reader = codecs.reader_of(message.WhichOneof("body"))
-        body = getattr(message, reader.field)
-        parts.append(reader.decode(body, found, start, stop, device))
-    if found is None or not parts:
-        raise CoverageError("expected at least one part, found none")
-    return whole(parts, found)
-
-
-def _plausible(num_bytes: int) -> int:
-    return max(_PLAUSIBLE_PARAMETERS, _PLAUSIBLE_PER_BYTE * num_bytes)
+    opened = open_update(
+        blobs, layout=layout, base_version=base_version, max_parameters=max_parameters
+    )
+    return opened.decode(device)
 
 
 def inspect(blob: bytes, *, layout: Layout | None = None) -> Header:
@@ -337,7 +285,7 @@ def inspect(blob: bytes, *, layout: Layout | None = None) -> Header:
     ------
     WireError
     """
-    message, found = _parse(blob, layout)
+    message, found = parse(blob, layout)
     kind = message.WhichOneof("body")
     by_id = message.WhichOneof("layout_ref") == "layout_id"
     return Header(
@@ -351,75 +299,3 @@ def inspect(blob: bytes, *, layout: Layout | None = None) -> Header:
         num_bytes=len(blob),
         body_bytes=getattr(message, kind).ByteSize(),
     )
-
-
-def _parse(blob: bytes, expected: Layout | None) -> tuple[Any, Layout | None]:
-    """The message, after its checksum, and its layout: None where only its id is known."""
-    message = _checked_message(blob)
-    kind = message.WhichOneof("layout_ref")
-    layout = expected
-    if kind == "layout":
-        layout = _read_layout(message.layout)
-        if expected is not None and layout != expected:
-            raise LayoutMismatchError(_difference(expected, layout))
-    elif kind is None:
-        raise UnknownLayoutError("expected a layout or a layout's id, found neither")
-    elif len(message.layout_id) != _ID_BYTES:
-        raise MalformedError(
-            f"expected a layout id of {_ID_BYTES} bytes, found {len(message.layout_id)}"
-        )
-    elif expected is not None and message.layout_id != layout_id(expected):
-        raise UnknownLayoutError(
-            f"expected layout {layout_id(expected).hex()}, found {message.layout_id.hex()}"
-        )
-    if layout is not None and message.offset + message.num_parameters > layout.num_parameters:
-        raise LayoutMismatchError(
-            f"expected at most {layout.num_parameters} parameters as in the layout, found "
-            f"{message.offset} + {message.num_parameters}"
-        )
-    return message, layout
-
-
-def _checked_message(blob: bytes) -> Any:
-    if len(blob) > _MAX_MESSAGE_BYTES:
-        raise UpdateSizeError(f"expected at most {_MAX_MESSAGE_BYTES} bytes, found {len(blob)}")
-    if len(blob) < 5 or blob[-5:-4] != _CRC_TAG:
-        raise ChecksumError(
-            f"expected a checksum in the last 5 of {len(blob)} bytes, found none: cut off?"
-        )
-    found, actual = int.from_bytes(blob[-4:], "little"), zlib.crc32(memoryview(blob)[:-5])
-    if found != actual:
-        raise ChecksumError(f"expected CRC-32 {actual:08x}, found {found:08x}: damaged bytes")
-    try:
-        message = update_pb2.Update.FromString(
-            blob[:-5]
-        )  # so that no field reaches into the checksum
-    except (DecodeError, UnicodeDecodeError) as error:  # the latter: protobuf in pure Python
-        raise MalformedError(f"expected a protobuf Update, found other bytes: {error}") from None
-    if message.crc32:
-        raise MalformedError("expected one checksum, at the end; found field 15 also before it")
-    if message.WhichOneof("body") is None:
-        raise MissingBodyError("expected a body (field 8, 9, 10 or 11), found none that is known")
-    return message
-
-
-def _read_layout(message: Any) -> Layout:
-    tensors = []
-    for tensor in message.tensors:
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise DTypeError(
-                f"expected a data type 1, 2 or 3, found {tensor.dtype} in tensor {tensor.name!r}"
-            )
-        tensors.append(TensorSpec(tensor.name, tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype]))
-    try:
-        return Layout(tensors)
-    except LayoutError as error:
-        raise MalformedError(f"expected a layout, found an impossible one: {error}") from None
-
-
-def _difference(expected: Layout, found: Layout) -> str:
-    """Where two layouts first differ."""
-    for index, pair in enumerate(zip(expected.tensors, found.tensors, strict=False)):
-        if pair[0] != pair[1]:
-            return f"expected tensor {index} to be {pair[0]}, found {pair[1]}"
-    return f"expected {len(expected.tensors)} tensors, found {len(found.tensors)}"
