@@ -272,7 +272,8 @@ class TaskVector:
     def apply(self, state: State) -> dict[str, Any]:
         """The state plus this vector: the same names, shapes, data types and kinds of tensor.
 
-        The sum is formed in float32 and then rounded to each tensor's own type.
+        The sum is formed in float32 (of a float64 tensor in float64), and then rounded to each
+        tensor's own type.
 
         Raises
         ------
@@ -288,11 +289,13 @@ class TaskVector:
                 import torch
 
                 part = torch.as_tensor(part).to(tensor.device)
-                changed[name] = (tensor.detach().float() + part).to(tensor.dtype)  # type: ignore[union-attr]
+                exact = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+                changed[name] = (tensor.detach().to(exact) + part).to(tensor.dtype)  # type: ignore[union-attr]
             else:
                 if is_torch(part):
                     part = part.cpu().numpy()
-                changed[name] = (_as_float32(tensor) + part).astype(tensor.dtype)
+                start = tensor if tensor.dtype == np.float64 else _as_float32(tensor)
+                changed[name] = (start + part).astype(tensor.dtype)
         return changed
 
     def to_dict(self) -> dict[str, Any]:
