@@ -115,7 +115,7 @@ class SyntheticGrid(Grid):
         blob = seal(update.SerializeToString(deterministic=True))
         self.num_bytes += len(blob)
         metrics = MetricRecord({"num-examples": 10 + node % 500, "loss": 1 / node})
-        told = answer_record(Answer(name=f"node-{node}", version=self._version))
+        told = answer_record(Answer(self._version))
         content = RecordDict({
             "arrays": update_record(blob, self._size),
             "metrics": metrics,

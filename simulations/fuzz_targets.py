@@ -123,7 +123,7 @@ def state_target(folder: Path) -> Target:
     values = np.random.default_rng(1).standard_normal((3, size)).astype(np.float32)
     with file.locked():
         replica = Replica(LAYOUT, values[0], 4)
-        file.save(node_state.NodeState(LAYOUT, replica, values[1], 3, values[2], 4))
+        file.save(node_state.NodeState(LAYOUT, replica, values[1], b"3", values[2], b"4"))
     original = file.path.read_bytes()
     arrays = {"shared": values[0], "residual": values[1], "next_residual": values[2]}
     layout = [(t.name, t.shape, t.dtype) for t in LAYOUT.tensors]
@@ -131,7 +131,7 @@ def state_target(folder: Path) -> Target:
     def make(source: random.Random) -> bytes:
         if source.random() < 0.3:
             return mutated(original, source)
-        told = {"layout": json.dumps(layout), "version": "4", "taken": "3", "trained": "4"}
+        told = {"layout": json.dumps(layout), "version": "4", "taken": "33", "trained": "34"}
         key = source.choice(sorted(told))
         kind = source.randrange(3)
         if kind == 0:
@@ -162,7 +162,7 @@ def checkpoint_target(folder: Path) -> Target:
             arrays=to_arrays({"w": shared.reshape(2, 3)}),
             exchange={
                 "version": 1, "federation": "f", "shared": shared, "log": {1: b"delta"},
-                "nodes": {"n": {"version": 1}},
+                "nodes": {"7": [1, "33"]},
             },
             strategy={"momentum": {"value": shared}},
             history={"train": {"1": {"loss": 0.5}}},

@@ -155,7 +155,7 @@ def test_a_node_that_can_never_follow_is_set_aside(caplog):
 
     def fault(node, reply):
         if node == NODES[0]:
-            record = ConfigRecord({"name": "0-of-4", "version": -1, "resync": "again"})
+            record = ConfigRecord({"version": -1, "resync": "again"})
             reply.content = RecordDict({EXCHANGE_KEY: record})
         return [reply]
 
@@ -169,11 +169,12 @@ def test_a_node_that_can_never_follow_is_set_aside(caplog):
 @pytest.mark.parametrize(
     "record",
     [
-        {"name": 3, "version": 0, "resync": ""},
-        {"name": "x", "version": "0", "resync": ""},
-        {"name": "x" * 129, "version": 0, "resync": ""},
-        {"version": 0},
-        {"name": "x", "version": 0, "resync": "", "more": 1},
+        {"version": 0, "update": 3},
+        {"version": "0"},
+        {"version": 0, "update": b"x" * 9},
+        {"version": 0, "taken": b"x" * 9},
+        {"update": b"x"},
+        {"version": 0, "more": 1},
     ],
 )
 def test_an_answer_that_is_none_is_set_aside(record, caplog):
@@ -193,6 +194,8 @@ def test_a_lost_reply_is_undone_exactly():
     lost = {2}
 
     def fault(node, reply):
+        if node == NODES[0]:
+            sent.append((node, find_answer(reply.content).update))
         dropped = node == NODES[0] and server_round[0] in lost
         return [] if dropped else [reply]
 
@@ -203,7 +206,7 @@ def test_a_lost_reply_is_undone_exactly():
             server_round[0] = round_
             return super().configure_train(round_, *args)
 
-    sums = {}
+    sums, sent = {}, []
 
     def train(state, context):
         return tiny.train_step(state, context)
@@ -212,9 +215,9 @@ def test_a_lost_reply_is_undone_exactly():
     grid = LocalGrid(tiny.client_app(CompressionMod(density=0.2), train=train), N, fault=fault)
     strategy.start(grid, tiny.arrays(), num_rounds=2, timeout=0.5)
     state = remembered(strategy)
-    assert (state.taken, state.trained) == (0, 1)
+    assert sent == [(NODES[0], state.taken), (NODES[0], state.trained)]
     sums["before"], sums["after"] = state.residual, state.next_residual
-    settled = state.settled(0)
+    settled = state.settled(state.taken)
     np.testing.assert_array_equal(settled.residual, sums["before"])
     assert not np.array_equal(sums["before"], sums["after"])
 

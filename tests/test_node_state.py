@@ -17,7 +17,7 @@ import compeft_fl as cf
 from compeft_fl.errors import StateError
 from compeft_fl.exchange import node_state
 from compeft_fl.exchange.downlink import Replica
-from compeft_fl.exchange.node_state import NOTHING, NodeState, StateFile, state_folder
+from compeft_fl.exchange.node_state import NO_UPDATE, NodeState, StateFile, state_folder
 
 D = 500
 LAYOUT = cf.Layout([cf.TensorSpec("a", (20, 20)), cf.TensorSpec("b", (100,))])
@@ -28,7 +28,7 @@ def values(seed):
 
 
 def full_state():
-    return NodeState(LAYOUT, Replica(LAYOUT, values(0), 7), values(1), 5, values(2), 7)
+    return NodeState(LAYOUT, Replica(LAYOUT, values(0), 7), values(1), b"5", values(2), b"7")
 
 
 def same(a, b):
@@ -51,7 +51,7 @@ def same(a, b):
         NodeState(),
         NodeState(LAYOUT, Replica(LAYOUT, values(0), 0)),
         full_state(),
-        NodeState(LAYOUT, None, values(1), 3),
+        NodeState(LAYOUT, None, values(1), b"3"),
     ],
 )
 def test_what_is_saved_is_loaded(tmp_path, state):
@@ -65,24 +65,24 @@ def test_what_is_saved_is_loaded(tmp_path, state):
 
 
 def test_an_update_that_was_taken_and_one_that_was_not():
-    state = NodeState(residual=values(1), taken=5).after_training(7, values(2))
-    taken = state.settled(7)
-    assert (taken.taken, taken.trained) == (7, NOTHING)
+    state = NodeState(residual=values(1), taken=b"5").after_training(b"7", values(2))
+    taken = state.settled(b"7")
+    assert (taken.taken, taken.trained) == (b"7", NO_UPDATE)
     assert np.array_equal(taken.residual, values(2))
-    lost = state.settled(5)
-    assert (lost.taken, lost.trained) == (5, NOTHING)
+    lost = state.settled(b"5")
+    assert (lost.taken, lost.trained) == (b"5", NO_UPDATE)
     assert np.array_equal(lost.residual, values(1))
-    assert same(taken.settled(7), taken)
-    with pytest.raises(StateError, match="version 6 last"):
-        state.settled(6)
-    first = NodeState().after_training(0, values(3))
-    assert first.settled(NOTHING).residual is None
+    assert same(taken.settled(b"7"), taken)
+    with pytest.raises(StateError, match="update 36 last"):
+        state.settled(b"6")
+    first = NodeState().after_training(b"0", values(3))
+    assert first.settled(NO_UPDATE).residual is None
 
 
 def test_trained_twice_for_one_message_is_as_once():
-    state = NodeState(residual=values(1), taken=5)
-    once = state.settled(5).after_training(7, values(2))
-    twice = once.settled(5).after_training(7, values(2))
+    state = NodeState(residual=values(1), taken=b"5")
+    once = state.settled(b"5").after_training(b"7", values(2))
+    twice = once.settled(b"5").after_training(b"7", values(2))
     assert same(once, twice)
 
 
@@ -126,7 +126,9 @@ HOSTILE = {
     "another size": ({"layout": '[["a", [499], "f32"]]'}, {}),
     "no number": ({"version": "seven"}, {}),
     "a long number": ({"version": "9" * 5000}, {}),
-    "no such version": ({"taken": "-3"}, {}),
+    "no such id": ({"taken": "xy"}, {}),
+    "a long id": ({"taken": "00" * 65}, {}),
+    "no such version": ({"version": "-3"}, {}),
     "an adapter of no version": ({"version": "-1"}, {}),
     "another data type": ({}, {"residual": values(1).astype(np.float64)}),
     "another shape": ({}, {"residual": values(1).reshape(5, 100)}),
@@ -140,8 +142,8 @@ def test_nonsense_under_a_right_checksum(tmp_path, what):
 
     told_else, arrays_else = HOSTILE[what]
     layout = json.dumps([(t.name, t.shape, t.dtype) for t in LAYOUT.tensors])
-    told = {"format": node_state._FORMAT, "layout": layout, "version": "7", "taken": "5"}
-    told |= {"trained": "7"} | told_else
+    told = {"format": node_state._FORMAT, "layout": layout, "version": "7", "taken": "05"}
+    told |= {"trained": "07"} | told_else
     arrays = {"shared": values(0), "residual": values(1), "next_residual": values(2)} | arrays_else
     told["checksum"] = node_state._checksum(told, arrays)
     file = StateFile(tmp_path)
@@ -164,7 +166,7 @@ def test_other_files_are_no_state(tmp_path):
 
     file = StateFile(tmp_path)
     save_file({"shared": values(0)}, file.path)
-    with pytest.raises(StateError, match="node state 1"):
+    with pytest.raises(StateError, match="node state 2"):
         file.load()
 
 

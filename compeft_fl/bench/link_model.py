@@ -31,7 +31,7 @@ from compeft_fl.bench.link_app import (
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import DIGEST_BYTES, Shipment
 from compeft_fl.exchange.message_size import MessageSizes
-from compeft_fl.exchange.protocol import Answer, Offer
+from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.exchange.records import (
     EXCHANGE_KEY,
     answer_record,
@@ -87,14 +87,16 @@ def measure(codec: str, num_parameters: int, repeats: int = 3) -> CodecCost:
         size = MessageSizes().of_content(wrap(blob))
         return WayCost(len(blob), size or len(blob), encoding, decoding)
 
+    last = bytes(UPDATE_ID_BYTES)
+
     def reply(blob: bytes) -> RecordDict:
         records: dict[str, Any] = {"arrays": update_record(blob, layout.num_parameters)}
         records["metrics"] = MetricRecord({"num-examples": 1, "loss": 0.5})
-        records[EXCHANGE_KEY] = answer_record(Answer("0-of-2", 1, seconds=(0.1, 0.1)))
+        records[EXCHANGE_KEY] = answer_record(Answer(1, last, seconds=(0.1, 0.1)))
         return RecordDict(records)
 
     def message(blob: bytes) -> RecordDict:
-        offer = offer_record(Offer("0" * 16, 1, bytes(DIGEST_BYTES), 0), "arrays", "deltas")
+        offer = offer_record(Offer("0" * 16, 1, bytes(DIGEST_BYTES), last), "arrays", "deltas")
         shipment = shipment_record(Shipment("deltas", (blob,)), layout.num_parameters)
         return RecordDict({EXCHANGE_KEY: offer, "arrays": shipment})
 

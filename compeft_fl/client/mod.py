@@ -28,8 +28,8 @@ from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import check_density, check_scale, compress
 from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
 from compeft_fl.exchange.downlink import Shipment
-from compeft_fl.exchange.node_state import NOTHING, NodeState
-from compeft_fl.exchange.protocol import Answer, Offer, follow, settle
+from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
+from compeft_fl.exchange.protocol import Answer, Offer, follow, settle, update_id
 from compeft_fl.exchange.records import (
     EXCHANGE_KEY,
     LOGGER,
@@ -172,7 +172,8 @@ class CompressionMod:
                 state = _settled(state, offer)
         except ResyncError as error:
             LOGGER.info("CompressionMod: asks for what it lacks: %s", error)
-            answer = answer_record(Answer(memory.name, kept, str(error)))
+            last = memory.state.trained, memory.state.taken
+            answer = answer_record(Answer(kept, *last, resync=str(error)))
             return Message(RecordDict({EXCHANGE_KEY: answer}), reply_to=msg)
         state = state.following(replica)
 
@@ -185,15 +186,16 @@ class CompressionMod:
         if reply.has_error():
             memory.save(memory.state.following(replica))
             return reply
-        encoding = _Watch()
+        encoding, sent = _Watch(), NO_UPDATE
         if trains and array_records(reply.content):
             with encoding:
                 state = self._compress_outgoing(received, reply, state, offer.version)
+            sent = state.trained
         if memory.save(state):
             kept = replica.version
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
-        answer = answer_record(Answer(memory.name, kept, seconds=seconds))
+        answer = answer_record(Answer(kept, sent, seconds=seconds))
         reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
         return reply
 
@@ -234,7 +236,7 @@ class CompressionMod:
             blob = self._encode(update, version)
         reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
         LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
-        return replace(state, layout=tau.layout).after_training(version, residual)
+        return replace(state, layout=tau.layout).after_training(update_id(blob), residual)
 
     def _encode(self, update: Update, version: int) -> bytes:
         return encode(

@@ -135,14 +135,14 @@ class Downlink:
         target = _host(adapter)
         if np.array_equal(target, self.shared):
             return
-        difference = TaskVector(self.layout, target - self.shared)
+        TaskVector(self.layout, target).check_finite()
         if self._dense:
-            difference.check_finite()
             blobs = encode_parts(TaskVector(self.layout, target), self.codec)
             shared: Any = decode_parts(blobs).to_task_vector().values
             self.shared = shared
             self._log.clear()
         else:
+            difference = TaskVector(self.layout, _difference(target, self.shared))
             delta = compress(difference, self.density, self.scale)
             if not delta.num_nonzeros or not delta.scales[0]:
                 return
@@ -156,6 +156,9 @@ class Downlink:
             self.shared = self.shared.copy()  # the old one may be in use
             _add(self.shared, delta)
             self._log[self.version + 1] = blob
+            if not np.isfinite(self.shared).all():  # a step that float32 cannot make: all of it
+                self.shared = target.copy()
+                self._log.clear()
         self.version += 1
         self._digest, self._snapshot = None, None
         self._forget_what_a_snapshot_beats()
@@ -269,6 +272,15 @@ class Replica:
     def digest(self) -> bytes:
         """16 bytes that stand for the values."""
         return digest_of(self.values)
+
+
+def _difference(target: NDArray[np.float32], shared: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The target less what is shared; at most float32's largest value, in either direction."""
+    with np.errstate(over="ignore"):
+        difference = target - shared
+    largest = np.finfo(np.float32).max
+    # An infinite difference of finite values is one that float32 cannot hold.
+    return np.clip(difference, -largest, largest, out=difference)
 
 
 def _add(values: NDArray[np.float32], delta: TernaryVector) -> None:

@@ -25,10 +25,12 @@ from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.task_vector import Layout, TensorSpec
 
-__all__ = ["NOTHING", "NodeState", "StateFile", "state_folder"]
+__all__ = ["NOTHING", "NO_UPDATE", "NodeState", "StateFile", "state_folder"]
 
 NOTHING = -1  # the version of what has never been
-_FORMAT = "compeft-fl node state 1"
+NO_UPDATE = b""  # the id of what has never been sent
+_FORMAT = "compeft-fl node state 2"
+_MAX_ID = 64  # bytes of an update's id
 _FILE = "state.safetensors"
 _MAX_VERSION = 2**63 - 1
 
@@ -47,38 +49,42 @@ class NodeState:
         theta_shared at its version; None: nothing has been received yet.
     residual : ndarray of float32, shape (d,), or None
         What is left to send once the update of ``taken`` was taken; None: nothing.
-    taken : int
-        The version that the last update that the server took was relative to, as far as is known.
+    taken : bytes
+        The id of the last update that the server took, as far as is known; `NO_UPDATE`: none.
     next_residual : ndarray of float32, shape (d,), or None
         What is left to send if the update of ``trained`` is taken.
-    trained : int
-        The version that the last update was relative to; `NOTHING` if its fate is known.
+    trained : bytes
+        The id of the last update; `NO_UPDATE` if its fate is known.
     """
 
     layout: Layout | None = None
     replica: Replica | None = None
     residual: Residual = None
-    taken: int = NOTHING
+    taken: bytes = NO_UPDATE
     next_residual: Residual = None
-    trained: int = NOTHING
+    trained: bytes = NO_UPDATE
 
-    def settled(self, taken: int) -> NodeState:
-        """The state once the server has said which update it took last; `NOTHING`: none.
+    def settled(self, taken: bytes) -> NodeState:
+        """The state once the server has said which update it took last; `NO_UPDATE`: none.
 
         Raises
         ------
         StateError
             It took an update that this state does not know: what is left to send is lost.
         """
-        if taken == self.trained != NOTHING:
+        if taken == self.trained != NO_UPDATE:
             return replace(
-                self, residual=self.next_residual, taken=taken, next_residual=None, trained=NOTHING
+                self,
+                residual=self.next_residual,
+                taken=taken,
+                next_residual=None,
+                trained=NO_UPDATE,
             )
         if taken == self.taken:
-            return replace(self, next_residual=None, trained=NOTHING)
+            return replace(self, next_residual=None, trained=NO_UPDATE)
         raise StateError(
-            f"the server took an update to version {taken} last, this state knows of "
-            f"{self.taken} and {self.trained}"
+            f"the server took update {_named(taken)} last, this state knows of "
+            f"{_named(self.taken)} and {_named(self.trained)}: does another node use it?"
         )
 
     def following(self, replica: Replica) -> NodeState:
@@ -89,11 +95,11 @@ class NodeState:
             return NodeState(replica.layout, replica)
         return replace(self, layout=replica.layout, replica=replica)
 
-    def after_training(self, version: int, next_residual: Residual) -> NodeState:
-        """The state with an update relative to ``version`` on its way."""
-        return replace(self, next_residual=next_residual, trained=version)
+    def after_training(self, update: bytes, next_residual: Residual) -> NodeState:
+        """The state with the update of this id on its way."""
+        return replace(self, next_residual=next_residual, trained=update)
 
-    def without_residual(self, taken: int) -> NodeState:
+    def without_residual(self, taken: bytes) -> NodeState:
         """The state that has nothing left to send."""
         return NodeState(self.layout, self.replica, taken=taken)
 
@@ -183,8 +189,8 @@ class StateFile:
             "format": _FORMAT,
             "layout": json.dumps([(t.name, t.shape, t.dtype) for t in tensors]),
             "version": str(NOTHING if state.replica is None else state.replica.version),
-            "taken": str(state.taken),
-            "trained": str(state.trained),
+            "taken": state.taken.hex(),
+            "trained": state.trained.hex(),
         }
         told["checksum"] = _checksum(told, held)
         try:
@@ -220,9 +226,12 @@ def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> N
             )
         if not np.isfinite(array).all():
             raise ValueError(f"expected finite values under {name!r}, found NaN or Inf")
-    version, taken, trained = (int(told[key]) for key in ("version", "taken", "trained"))
-    if min(version, taken, trained) < NOTHING or max(version, taken, trained) > _MAX_VERSION:
-        raise ValueError(f"expected versions, found {version}, {taken} and {trained}")
+    version = int(told["version"])
+    if not NOTHING <= version <= _MAX_VERSION:
+        raise ValueError(f"expected a version, found {version}")
+    taken, trained = (bytes.fromhex(told[key]) for key in ("taken", "trained"))
+    if max(len(taken), len(trained)) > _MAX_ID:
+        raise ValueError(f"expected ids of at most {_MAX_ID} bytes")
     shared = arrays.get("shared")
     if shared is not None and version == NOTHING:
         raise ValueError("expected a version with the adapter, found none")
@@ -230,6 +239,10 @@ def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> N
     return NodeState(
         layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained
     )
+
+
+def _named(update: bytes) -> str:
+    return update.hex() or "none"
 
 
 def _safe(name: str) -> str:

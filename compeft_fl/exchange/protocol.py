@@ -2,25 +2,36 @@
 
 The server's *offer* says which version of the global adapter the node must have before it works,
 its digest, and which of the node's updates was taken last. The node's *answer* says what it has
-kept, and its name, by which a server that was restarted knows it again. A node that cannot follow
-answers with a *resync*: the reason, and nothing else; the server sends it what it lacks within the
-same round.
+kept, and which update it sends. A node that cannot follow answers with a *resync*: the reason, and
+nothing else; the server sends it what it lacks within the same round.
+
+Who a node is, Flower says: its node id, and nothing in an answer. An update has an id, a digest of
+its bytes, which only its node and the server know. So a node that comes back under another node
+id says which update it sent last, and a server that has taken it can tell; what a node says is
+about itself, and a lie costs the liar alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from compeft_fl.errors import CompeftError, ResyncError
 from compeft_fl.exchange.downlink import Replica, Shipment
-from compeft_fl.exchange.node_state import NOTHING, NodeState
+from compeft_fl.exchange.node_state import NO_UPDATE, NodeState
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 
-__all__ = ["UNKNOWN", "Answer", "Offer", "follow", "settle"]
+__all__ = ["UNKNOWN", "UPDATE_ID_BYTES", "Answer", "Offer", "follow", "settle", "update_id"]
 
-UNKNOWN = -2  # the server does not know this node, and so not what it took of it
+UNKNOWN = b"?"  # the server does not know this node, and so not what it took of it
+UPDATE_ID_BYTES = 8
+
+
+def update_id(blob: bytes) -> bytes:
+    """8 bytes that stand for an encoded update: BLAKE2b-64."""
+    return hashlib.blake2b(blob, digest_size=UPDATE_ID_BYTES).digest()
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,15 @@ class Offer:
         The version of the global adapter that the message is about.
     digest : bytes, 16
         Of theta_shared at that version.
-    taken : int
-        The version that the node's last update that was taken is relative to; `NOTHING`: none was;
-        `UNKNOWN`: this node has not been heard of.
+    taken : bytes
+        The id of the node's update that was taken last; `NO_UPDATE`: none was; `UNKNOWN`: this node
+        has not been heard of.
     """
 
     federation: str
     version: int
     digest: bytes
-    taken: int
+    taken: bytes
 
 
 @dataclass(frozen=True)
@@ -52,18 +63,22 @@ class Answer:
 
     Attributes
     ----------
-    name : str
-        The node's name for itself.
     version : int
         The version that it has kept; `NOTHING`: none.
+    update : bytes
+        The id of the update in this reply; of a resync, of the last one whose fate it does not
+        know. `NO_UPDATE`: there is none.
+    taken : bytes
+        Of a resync alone: the id of the last update that was taken, as far as the node knows.
     resync : str
         Why it cannot follow; empty: it does.
     seconds : (float, float), optional
         What decoding the message took, and compressing and encoding the reply.
     """
 
-    name: str
     version: int
+    update: bytes = NO_UPDATE
+    taken: bytes = NO_UPDATE
     resync: str = ""
     seconds: tuple[float, float] | None = None
 
@@ -139,6 +154,6 @@ def settle(state: NodeState, offer: Offer) -> NodeState:
     """
     if offer.taken != UNKNOWN:
         return state.settled(offer.taken)
-    if state.taken == NOTHING and state.trained == NOTHING:
+    if state.taken == NO_UPDATE and state.trained == NO_UPDATE:
         return state
     raise ResyncError("this node has taken part before: which of its updates was taken last?")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError
 from compeft_fl.exchange.downlink import Shipment
-from compeft_fl.exchange.protocol import Answer, Offer
+from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.printable import PrintableFilter
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.wire.messages import STYPE
@@ -51,7 +51,6 @@ LOGGER.addFilter(PrintableFilter())  # names, errors and metrics of nodes are a 
 EXCHANGE_KEY = "compeft_fl.exchange"  # the ConfigRecord of offers and answers
 
 _UPDATE_KEY = "update"
-MAX_NAME = 128  # characters of a node's name
 
 # A node's seconds: two half-precision floats, in 13 bytes with their key and protobuf's tags.
 _SECONDS_KEY = "t"
@@ -156,7 +155,7 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
         told: dict[str, Any] = dict(record)
         key, kind = told.pop("key"), told.pop("kind")
         offer = Offer(**told)
-        _check_types(offer, federation=str, version=int, digest=bytes, taken=int)
+        _check_types(offer, federation=str, version=int, digest=bytes, taken=bytes)
         arrays = content.get(key)
         found = arrays.values() if isinstance(arrays, ArrayRecord) else ()
         blobs = tuple(array.data for array in found if array.stype == STYPE)
@@ -169,9 +168,10 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
 
 def answer_record(answer: Answer) -> ConfigRecord:
     """What a node says; what is empty is left out."""
-    record = ConfigRecord({"name": answer.name, "version": answer.version})
-    if answer.resync:
-        record["resync"] = answer.resync
+    record = ConfigRecord({"version": answer.version})
+    for key in ("update", "taken", "resync"):
+        if getattr(answer, key):
+            record[key] = getattr(answer, key)
     if answer.seconds is not None:
         times = (min(seconds, _LONGEST_SECONDS) for seconds in answer.seconds)
         record[_SECONDS_KEY] = _SECONDS.pack(*times)
@@ -193,13 +193,13 @@ def find_answer(content: RecordDict) -> Answer | None:
         told: dict[str, Any] = dict(record)
         times = told.pop(_SECONDS_KEY, None)
         answer = Answer(**told, seconds=None if times is None else _unpacked(times))
-        _check_types(answer, name=str, version=int, resync=str)
+        _check_types(answer, version=int, update=bytes, taken=bytes, resync=str)
     except (TypeError, struct.error) as error:
         raise MalformedError(
             f"expected an answer in {EXCHANGE_KEY}, found another: {error}"
         ) from None
-    if len(answer.name) > MAX_NAME:
-        raise MalformedError(f"expected a name of at most {MAX_NAME} characters")
+    if max(len(answer.update), len(answer.taken)) > UPDATE_ID_BYTES:
+        raise MalformedError(f"expected ids of updates of at most {UPDATE_ID_BYTES} bytes")
     return answer
 
 

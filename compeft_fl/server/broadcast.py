@@ -1,28 +1,31 @@
 """What goes down in a round: to each node what it lacks of the global adapter, and an offer.
 
 The one place where bytes go down. `Broadcaster` keeps the versions of the global adapter
-(`compeft_fl.exchange.downlink`) and what is known of each node, by the name that the node gives
-itself.
+(`compeft_fl.exchange.downlink`) and what is known of each node, by Flower's node id: what a node
+says is only ever about itself. A node that comes under another id than before is as new as any
+other, but what it has kept still counts: it says so when it is sent an offer and nothing else.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.errors import LayoutError, ParameterError, StateError
 from compeft_fl.exchange.downlink import Downlink, Shipment
-from compeft_fl.exchange.node_state import NOTHING
+from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
 from compeft_fl.exchange.records import (
     EXCHANGE_KEY,
+    LOGGER,
     array_records,
     offer_record,
     shipment_record,
@@ -39,7 +42,9 @@ from compeft_fl.wire.messages import decode, encode
 __all__ = ["Base", "Broadcaster", "DownlinkOptions", "conform"]
 
 FIRST_CONTACTS = ("snapshot", "seed")
+MAX_NODES = 1 << 16  # that are remembered: those last heard of
 _MAX_RESYNCS = 2  # of one node in one round
+_HUGE = 1e9  # no trained adapter has such a value
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,20 @@ class Base:
 
 @dataclass
 class _Node:
-    """What is known of a node: the version that it keeps, and the last update that was taken."""
+    """What is known of a node: the version that it keeps, and ids of updates of its."""
 
     version: int = NOTHING
-    taken: int = NOTHING
+    taken: bytes = NO_UPDATE  # last
+    sent: bytes = NO_UPDATE  # in the reply that is being read
+
+
+@dataclass
+class _Sent:
+    """What a node was sent in this round."""
+
+    content: RecordDict  # as the strategy made it
+    known: bool
+    asked: bool  # what it has: it was sent an offer and nothing else
 
 
 class Broadcaster:
@@ -154,11 +169,11 @@ class Broadcaster:
         self.federation = secrets.token_hex(8)
         self._downlink: Downlink | None = None
         self._base: Base | None = None
-        self._nodes: dict[str, _Node] = {}  # by name
-        self._names: dict[int, str] = {}  # by node id
+        self._nodes: OrderedDict[int, _Node] = OrderedDict()  # by node id, last heard of last
+        self._restored = False
         self._resyncs: dict[int, int] = {}  # in this round, by node id
         self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
-        self._sent: dict[int, tuple[RecordDict, bool]] = {}  # likewise: its content, by node id
+        self._sent: dict[int, _Sent] = {}  # in this round, by node id
         self._envelope: dict[str, Any] = {}
         self._key = ""
 
@@ -216,7 +231,7 @@ class Broadcaster:
         self.transfers.begin()
         size = base.layout.num_parameters
         addressed: dict[int, Base] = {}
-        sent: dict[tuple[int, int, int], tuple[RecordDict, RecordDict]] = {}
+        sent: dict[tuple[int, int, bytes], tuple[RecordDict, RecordDict]] = {}
         own_bases: dict[int, tuple[Base, ArrayRecord, int]] = {}
         groups: dict[int, tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
         for message in messages:
@@ -248,7 +263,8 @@ class Broadcaster:
             message.content = sent[same][1]
             groups.setdefault(id(shipment), (shipment.num_bytes, []))[1].append(node_id)
             addressed[node_id] = base
-            self._sent[node_id] = content, taken == UNKNOWN
+            known = taken != UNKNOWN
+            self._sent[node_id] = _Sent(content, known, self._restored and not known)
             metadata = message.metadata
             self._envelope = {
                 "message_type": metadata.message_type,
@@ -266,14 +282,22 @@ class Broadcaster:
 
     def heard(self, node_id: int, answer: Answer) -> None:
         """Note what a node says of itself."""
-        self._names[node_id] = answer.name
-        known = self._nodes.setdefault(answer.name, _Node())
-        known.version = answer.version
+        if node_id not in self._sent:
+            return
+        known = self._nodes.get(node_id)
+        if known is None:
+            # Under another id before, perhaps. Then one of both ids says which update was taken.
+            known = self._nodes[node_id] = _Node(taken=self._taken_of(answer))
+        known.version, known.sent = answer.version, answer.update
+        self._nodes.move_to_end(node_id)
+        while len(self._nodes) > MAX_NODES:
+            self._nodes.popitem(last=False)
 
     def took(self, node_id: int) -> None:
-        """Note that a node's update, which is relative to the current version, was merged."""
-        if node_id in self._names and self._downlink is not None:
-            self._nodes[self._names[node_id]].taken = self._downlink.version
+        """Note that the update in a node's reply was merged."""
+        known = self._nodes.get(node_id)
+        if known is not None and known.sent != NO_UPDATE:
+            known.taken, known.sent = known.sent, NO_UPDATE
 
     def resync(self, node_id: int, answer: Answer, server_round: int) -> Message | None:
         """The round's message to a node once more, with what it lacks.
@@ -293,26 +317,40 @@ class Broadcaster:
         attempts = self._resyncs[node_id] = self._resyncs.get(node_id, 0) + 1
         if attempts > _MAX_RESYNCS or self._downlink is None or node_id not in self._sent:
             return None
-        content, was_unknown = self._sent[node_id]
-        if attempts == 1 and was_unknown and answer.version != NOTHING:
-            shipment = self._lacking(answer.version)  # it has only been given no name
+        sent = self._sent[node_id]
+        if attempts == 1 and not sent.known and answer.version != NOTHING:
+            shipment = self._lacking(answer.version)  # it was here before, under another id
+        elif attempts == 1 and sent.asked:
+            shipment = self._lacking(self._start)
         else:
             shipment = self._snapshot()
         self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
         size = self.num_parameters
         self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
-        content = self._content(content, shipment, self._nodes[answer.name].taken)
+        content = self._content(sent.content, shipment, self._nodes[node_id].taken)
         return Message(content, node_id, **self._envelope)
 
-    def _for(self, node_id: int) -> tuple[Shipment, int]:
+    @property
+    def _start(self) -> int | None:
+        """The version that a node of which nothing is known can make by itself."""
+        return 0 if self.options.first_contact == "seed" else None
+
+    def _taken_of(self, answer: Answer) -> bytes:
+        """Which update of a node was taken last, by what it says of updates under another id."""
+        sent = answer.update if answer.resync else NO_UPDATE
+        if sent != NO_UPDATE and any(node.taken == sent for node in self._nodes.values()):
+            return sent
+        return answer.taken
+
+    def _for(self, node_id: int) -> tuple[Shipment, bytes]:
         """What a node is sent, and which of its updates was taken last."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
-        name = self._names.get(node_id)
-        if name is None:
-            start = 0 if self.options.first_contact == "seed" else None
-            return self._shared(self._lacking(start)), UNKNOWN
-        known = self._nodes[name]
+        known = self._nodes.get(node_id)
+        if known is None:
+            # After a restart the nodes may have other ids, and have kept all but the last version.
+            first = Shipment("nothing") if self._restored else self._lacking(self._start)
+            return self._shared(first), UNKNOWN
         version = None if known.version == NOTHING else known.version
         return self._shared(self._lacking(version)), known.taken
 
@@ -336,7 +374,7 @@ class Broadcaster:
         """The same object for equal shipments, so that messages share their content."""
         return self._shipments.setdefault((shipment.kind, len(shipment.blobs)), shipment)
 
-    def _content(self, content: RecordDict, shipment: Shipment, taken: int) -> RecordDict:
+    def _content(self, content: RecordDict, shipment: Shipment, taken: bytes) -> RecordDict:
         """A message's content with a shipment in the place of its arrays."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
@@ -354,11 +392,17 @@ class Broadcaster:
         """Versions and nodes, for `restore`: a dict with arrays, bytes and plain values."""
         if self._downlink is None:
             raise ParameterError("expected a version before a checkpoint")
-        nodes = {name: asdict(node) for name, node in self._nodes.items()}
+        nodes = {str(i): [node.version, node.taken.hex()] for i, node in self._nodes.items()}
         return {"federation": self.federation, "nodes": nodes, **self._downlink.state()}
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave, with the global adapter of that moment."""
+        """Go on from what `state` gave, with the global adapter of that moment.
+
+        Raises
+        ------
+        StateError
+            What it says of nodes is not what this version writes.
+        """
         base = Base(arrays, int(state["version"]))
         options = self.options
         self._downlink = Downlink(
@@ -371,8 +415,22 @@ class Broadcaster:
         self._downlink.restore(state)
         self._base = base
         self.federation = str(state["federation"])
-        self._nodes = {str(name): _Node(**node) for name, node in state["nodes"].items()}
-        self._names = {}
+        self._nodes = _nodes_of(state["nodes"])
+        self._restored = True
+        _warn_of_huge_values(base.adapter)
+
+
+def _nodes_of(told: dict[str, Any]) -> OrderedDict[int, _Node]:
+    """What a checkpoint says of nodes."""
+    try:
+        return OrderedDict(
+            (int(node_id), _Node(int(version), bytes.fromhex(taken)))
+            for node_id, (version, taken) in told.items()
+        )
+    except (TypeError, ValueError) as error:
+        raise StateError(
+            f"expected version and last update by node id, found another version's: {error}"
+        ) from None
 
 
 def _own(arrays: ArrayRecord, version: int) -> tuple[Base, ArrayRecord, int]:
@@ -380,6 +438,20 @@ def _own(arrays: ArrayRecord, version: int) -> tuple[Base, ArrayRecord, int]:
     base = Base(arrays, version)
     blob = encode(base.adapter, "dense", base_version=version)
     return base, update_record(blob, base.adapter.num_parameters), len(blob)
+
+
+def _warn_of_huge_values(adapter: TaskVector) -> None:
+    """Say where a restored adapter holds values that no training makes."""
+    for tensor, where in adapter.layout.slices():
+        largest = float(np.abs(np.asarray(adapter.values[where])).max(initial=0.0))
+        if largest > _HUGE:
+            LOGGER.warning(
+                "the checkpoint's adapter has values up to %.3g, in %r: something has driven it "
+                "there, and training will hardly bring it back; an earlier checkpoint may be sound",
+                largest,
+                tensor.name,
+            )
+            return
 
 
 def conform(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
