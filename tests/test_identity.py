@@ -13,7 +13,7 @@ from local_grid import LocalGrid, node_ids
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.records import EXCHANGE_KEY
 from compeft_fl.mod import CompressionMod
-from compeft_fl.server import broadcast
+from compeft_fl.server import nodes
 from compeft_fl.server.checkpoint import CheckpointFolder
 from compeft_fl.strategies import Checkpointing, ComPEFTAverage
 from compeft_fl.task_vector import TaskVector
@@ -83,7 +83,7 @@ def test_a_lie_costs_the_liar_alone(lie):
 
 
 def test_a_node_that_was_forgotten_is_as_new_as_any_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(broadcast, "MAX_NODES", 2)
+    monkeypatch.setattr(nodes, "MAX_NODES", 2)
     folder = CheckpointFolder(tmp_path)
     strategy, downs, _ = run(checkpointing=Checkpointing(folder))
     assert downs.aside == []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from compeft_fl.errors import LayoutError, ParameterError, StateError
+from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.exchange.downlink import Downlink, Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
@@ -33,6 +32,7 @@ from compeft_fl.exchange.records import (
     to_state,
     update_record,
 )
+from compeft_fl.server.nodes import NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
 from compeft_fl.task_vector import Layout, TaskVector
@@ -42,7 +42,6 @@ from compeft_fl.wire.messages import decode, encode
 __all__ = ["Base", "Broadcaster", "DownlinkOptions", "conform"]
 
 FIRST_CONTACTS = ("snapshot", "seed")
-MAX_NODES = 1 << 16  # that are remembered: those last heard of
 _MAX_RESYNCS = 2  # of one node in one round
 _HUGE = 1e9  # no trained adapter has such a value
 
@@ -136,15 +135,6 @@ class Base:
 
 
 @dataclass
-class _Node:
-    """What is known of a node: the version that it keeps, and ids of updates of its."""
-
-    version: int = NOTHING
-    taken: bytes = NO_UPDATE  # last
-    sent: bytes = NO_UPDATE  # in the reply that is being read
-
-
-@dataclass
 class _Sent:
     """What a node was sent in this round."""
 
@@ -169,10 +159,11 @@ class Broadcaster:
         self.federation = secrets.token_hex(8)
         self._downlink: Downlink | None = None
         self._base: Base | None = None
-        self._nodes: OrderedDict[int, _Node] = OrderedDict()  # by node id, last heard of last
+        self._nodes = NodeTable()
         self._restored = False
         self._resyncs: dict[int, int] = {}  # in this round, by node id
         self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
+        self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
         self._sent: dict[int, _Sent] = {}  # in this round, by node id
         self._envelope: dict[str, Any] = {}
         self._key = ""
@@ -227,6 +218,7 @@ class Broadcaster:
         """
         self._resyncs.clear()
         self._shipments.clear()
+        self._records.clear()
         self._sent.clear()
         self.transfers.begin()
         size = base.layout.num_parameters
@@ -282,22 +274,12 @@ class Broadcaster:
 
     def heard(self, node_id: int, answer: Answer) -> None:
         """Note what a node says of itself."""
-        if node_id not in self._sent:
-            return
-        known = self._nodes.get(node_id)
-        if known is None:
-            # Under another id before, perhaps. Then one of both ids says which update was taken.
-            known = self._nodes[node_id] = _Node(taken=self._taken_of(answer))
-        known.version, known.sent = answer.version, answer.update
-        self._nodes.move_to_end(node_id)
-        while len(self._nodes) > MAX_NODES:
-            self._nodes.popitem(last=False)
+        if node_id in self._sent:
+            self._nodes.heard(node_id, answer)
 
     def took(self, node_id: int) -> None:
         """Note that the update in a node's reply was merged."""
-        known = self._nodes.get(node_id)
-        if known is not None and known.sent != NO_UPDATE:
-            known.taken, known.sent = known.sent, NO_UPDATE
+        self._nodes.took(node_id)
 
     def resync(self, node_id: int, answer: Answer, server_round: int) -> Message | None:
         """The round's message to a node once more, with what it lacks.
@@ -327,20 +309,14 @@ class Broadcaster:
         self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
         size = self.num_parameters
         self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
-        content = self._content(sent.content, shipment, self._nodes[node_id].taken)
+        known = self._nodes.get(node_id)
+        content = self._content(sent.content, shipment, known.taken if known else NO_UPDATE)
         return Message(content, node_id, **self._envelope)
 
     @property
     def _start(self) -> int | None:
         """The version that a node of which nothing is known can make by itself."""
         return 0 if self.options.first_contact == "seed" else None
-
-    def _taken_of(self, answer: Answer) -> bytes:
-        """Which update of a node was taken last, by what it says of updates under another id."""
-        sent = answer.update if answer.resync else NO_UPDATE
-        if sent != NO_UPDATE and any(node.taken == sent for node in self._nodes.values()):
-            return sent
-        return answer.taken
 
     def _for(self, node_id: int) -> tuple[Shipment, bytes]:
         """What a node is sent, and which of its updates was taken last."""
@@ -382,9 +358,16 @@ class Broadcaster:
         others = {key: record for key, record in content.items() if key != self._key}
         others[EXCHANGE_KEY] = offer_record(offer, self._key, shipment.kind)
         if shipment.blobs:
-            size = self._downlink.layout.num_parameters
-            others[self._key] = shipment_record(shipment, size)
+            others[self._key] = self._record(shipment)
         return RecordDict(others)
+
+    def _record(self, shipment: Shipment) -> ArrayRecord:
+        """The shipment's record, one for all nodes that lack the same."""
+        known = self._records.get(id(shipment))
+        if known is None:
+            record = shipment_record(shipment, self.num_parameters)
+            known = self._records[id(shipment)] = shipment, record
+        return known[1]
 
     # What a checkpoint keeps.
 
@@ -392,8 +375,11 @@ class Broadcaster:
         """Versions and nodes, for `restore`: a dict with arrays, bytes and plain values."""
         if self._downlink is None:
             raise ParameterError("expected a version before a checkpoint")
-        nodes = {str(i): [node.version, node.taken.hex()] for i, node in self._nodes.items()}
-        return {"federation": self.federation, "nodes": nodes, **self._downlink.state()}
+        return {
+            "federation": self.federation,
+            "nodes": self._nodes.state(),
+            **self._downlink.state(),
+        }
 
     def restore(self, arrays: ArrayRecord, state: dict[str, Any]) -> None:
         """Go on from what `state` gave, with the global adapter of that moment.
@@ -415,22 +401,9 @@ class Broadcaster:
         self._downlink.restore(state)
         self._base = base
         self.federation = str(state["federation"])
-        self._nodes = _nodes_of(state["nodes"])
+        self._nodes.restore(state["nodes"])
         self._restored = True
         _warn_of_huge_values(base.adapter)
-
-
-def _nodes_of(told: dict[str, Any]) -> OrderedDict[int, _Node]:
-    """What a checkpoint says of nodes."""
-    try:
-        return OrderedDict(
-            (int(node_id), _Node(int(version), bytes.fromhex(taken)))
-            for node_id, (version, taken) in told.items()
-        )
-    except (TypeError, ValueError) as error:
-        raise StateError(
-            f"expected version and last update by node id, found another version's: {error}"
-        ) from None
 
 
 def _own(arrays: ArrayRecord, version: int) -> tuple[Base, ArrayRecord, int]:

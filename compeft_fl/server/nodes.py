@@ -1,0 +1,90 @@
+"""What the server knows of each node: by Flower's node id, and of a bounded number of them.
+
+A node that is forgotten, or that comes under another id, is as new as any other; what it has kept
+still counts, for it says which version it has and which update it sent last.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from compeft_fl.errors import StateError
+from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
+from compeft_fl.exchange.protocol import Answer
+
+__all__ = ["Node", "NodeTable"]
+
+MAX_NODES = 1 << 16  # that are remembered
+
+
+@dataclass
+class Node:
+    """What is known of a node: the version that it keeps, and ids of updates of its."""
+
+    version: int = NOTHING
+    taken: bytes = NO_UPDATE  # last
+    sent: bytes = NO_UPDATE  # in the reply that is being read
+
+
+class NodeTable:
+    """Nodes by their ids; beyond `MAX_NODES`, those last heard of."""
+
+    def __init__(self) -> None:
+        self._nodes: OrderedDict[int, Node] = OrderedDict()  # last heard of last
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, node_id: int) -> Node | None:
+        """What is known of a node; None where nothing is."""
+        return self._nodes.get(node_id)
+
+    def heard(self, node_id: int, answer: Answer) -> None:
+        """Note what a node says of itself."""
+        known = self._nodes.get(node_id)
+        if known is None:
+            known = self._nodes[node_id] = Node(taken=self._taken_of(answer))
+        known.version, known.sent = answer.version, answer.update
+        self._nodes.move_to_end(node_id)
+        while len(self._nodes) > MAX_NODES:
+            self._nodes.popitem(last=False)
+
+    def took(self, node_id: int) -> None:
+        """Note that the update in a node's reply was merged."""
+        known = self._nodes.get(node_id)
+        if known is not None and known.sent != NO_UPDATE:
+            known.taken, known.sent = known.sent, NO_UPDATE
+
+    def _taken_of(self, answer: Answer) -> bytes:
+        """Which update of a new node was taken last.
+
+        Another id may have been its own: then it asks, and only it knows the id of that update.
+        """
+        sent = answer.update if answer.resync else NO_UPDATE
+        if sent != NO_UPDATE and any(node.taken == sent for node in self._nodes.values()):
+            return sent
+        return answer.taken
+
+    def state(self) -> dict[str, list[Any]]:
+        """Version and last update by node id, as plain values for a checkpoint."""
+        return {str(i): [node.version, node.taken.hex()] for i, node in self._nodes.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises
+        ------
+        StateError
+            It is not what this version writes.
+        """
+        try:
+            self._nodes = OrderedDict(
+                (int(node_id), Node(int(version), bytes.fromhex(taken)))
+                for node_id, (version, taken) in state.items()
+            )
+        except (TypeError, ValueError) as error:
+            raise StateError(
+                f"expected version and last update by node id, found another version's: {error}"
+            ) from None
