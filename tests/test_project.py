@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tomllib
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -206,22 +204,3 @@ def test_each_requirement_has_a_pin_that_fits():
         requirement = Requirement(text)
         if requirement.name != "compeft-fl":
             assert requirement.specifier.contains(pins[requirement.name]), text
-
-
-def test_the_flower_bundle_has_what_the_app_needs(tmp_path):
-    environment = {**os.environ, "FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
-    done = subprocess.run(
-        [Path(sys.executable).parent / "flwr", "build", "--app", ROOT],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (bundle,) = tmp_path.glob("*.fab")
-    assert bundle.stat().st_size < 5_000_000
-    names = zipfile.ZipFile(bundle).namelist()
-    needed = [file.relative_to(ROOT).as_posix() for file in sources("compeft_fl", "strategies")]
-    needed += [f.relative_to(ROOT).as_posix() for f in (ROOT / "compeft_fl").rglob("*.jsonl")]
-    assert set(needed) <= set(names)
-    assert not [name for name in names if name.startswith(("tests/", "runs/", ".venv/", "build/"))]
