@@ -1,4 +1,6 @@
-"""Runs the app over gRPC between processes of their own: a SuperLink and SuperNodes on loopback.
+"""Runs the app between processes of their own: a SuperLink and SuperNodes on loopback, over gRPC.
+
+With a Flower later than 1.39, whose SuperNodes do not speak it, over HTTP.
 
 What `simulations/deploy/README.md` does on several machines, with the same programs and flags:
 TLS, SuperNode authentication, a database, and process isolation on the server, so that a run goes
@@ -16,6 +18,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +31,7 @@ from compeft_fl.runs import launch
 from compeft_fl.runs.launch import LOG_FILE, FlowerError, FlowerSession, Outcome
 from compeft_fl.runs.scenario import Scenario
 
-__all__ = ["Deployment", "deploy"]
+__all__ = ["Deployment", "deploy", "speaks_grpc"]
 
 _HOST: Final = "127.0.0.1"
 _CONNECTION: Final = "compeft-fl"
@@ -99,6 +102,8 @@ class Deployment(FlowerSession):
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.node_ids: dict[int, int] = {}
         self.api_port, self.fleet_port, *self._node_ports = _free_ports(2 + num_nodes)
+        if not speaks_grpc():
+            self.fleet_port = self.api_port
         self.relay = None if link is None else Relay(self.fleet_port, num_nodes, link)
 
     def submit(self, app: Path, federation: Mapping[str, Scalar] | None = None) -> str:
@@ -136,8 +141,9 @@ class Deployment(FlowerSession):
             Where it does not start.
         """
         command = ["flower-superlink", "--host", _HOST, "--port", str(self.api_port)]
-        command += ["--fleet-api-type", "grpc-rere"]
-        command += ["--fleet-api-address", f"{_HOST}:{self.fleet_port}"]
+        if speaks_grpc():
+            command += ["--fleet-api-type", "grpc-rere"]
+            command += ["--fleet-api-address", f"{_HOST}:{self.fleet_port}"]
         command += ["--database", str(self.home / "superlink.db"), "--isolation", "process"]
         if self.credentials is None:
             command += ["--insecure"]
@@ -179,7 +185,8 @@ class Deployment(FlowerSession):
         # Nodes share this machine, and each would otherwise use all of its cores at once.
         threads = max(1, (os.cpu_count() or 1) // self.num_nodes)
         command = ["env", f"OMP_NUM_THREADS={threads}", f"FLWR_HOME={self.home / f'node-{index}'}"]
-        command += [f"PATH={self._node_path}", "flower-supernode", "--grpc-rere"]
+        command += [f"PATH={self._node_path}", "flower-supernode"]
+        command += ["--grpc-rere"] if speaks_grpc() else []
         command += ["--superlink", f"{_HOST}:{fleet_port}"]
         command += ["--host", _HOST, "--port", str(self._node_ports[index])]
         command += ["--node-config", f"partition-id={index} num-partitions={self.num_nodes}"]
@@ -284,6 +291,11 @@ class Deployment(FlowerSession):
             return False
 
 
+def speaks_grpc() -> bool:
+    """Return whether the SuperNodes of the installed Flower speak gRPC: later ones speak HTTP."""
+    return tuple(int(part) for part in metadata.version("flwr").split(".")[:2]) < (1, 40)
+
+
 def deploy(
     scenario: Scenario,
     folder: Path,
@@ -291,7 +303,7 @@ def deploy(
     *,
     link: Link | None = None,
 ) -> Outcome:
-    """Run a scenario over gRPC with TLS on loopback; return when it has ended and all is gone.
+    """Run a scenario with TLS on loopback; return when it has ended and all is gone.
 
     Parameters
     ----------
