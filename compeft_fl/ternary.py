@@ -127,6 +127,11 @@ class TernaryVector:
         """The share of entries that are not 0."""
         return self.num_nonzeros / max(1, self.num_parameters)
 
+    def nonzeros_by_tensor(self) -> NDArray[np.int64]:
+        """How many entries of each tensor are not 0; shape (number of tensors,)."""
+        marked = self.positive | self.negative
+        return _count_by_range(marked, self.layout.offsets).astype(np.int64)
+
     @property
     def bounds(self) -> NDArray[np.int64]:
         """Where each scale's range of parameters starts, and where the last ends."""

@@ -372,7 +372,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(place):
 
 
 def test_an_interrupt_ends_quietly(monkeypatch, capsys):
-    def interrupt(path):
+    def interrupt(path, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "read_update", interrupt)

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from compeft_fl.adapters.folders import Adapter, parse_config, require_torch, start_of
+from compeft_fl.adapters.folders import Adapter, check_names, parse_config, require_torch, start_of
 from compeft_fl.atomic import replacing
 from compeft_fl.errors import AdapterError, MalformedError, NonFiniteError
 from compeft_fl.task_vector import TaskVector, is_torch
-from compeft_fl.wire.messages import decode_parts, encode_parts, inspect
+from compeft_fl.wire.messages import encode_parts
+from compeft_fl.wire.opening import open_update
 
 if TYPE_CHECKING:
     from compeft_fl.codecs.base import Update
@@ -106,8 +107,14 @@ def write_update(
         return out.tell()
 
 
-def read_update(path: str | os.PathLike[str]) -> StoredUpdate:
+def read_update(path: str | os.PathLike[str], *, max_parameters: int | None = None) -> StoredUpdate:
     """Read a ``.compeft`` file and check every field of it.
+
+    Parameters
+    ----------
+    path : path
+    max_parameters : int, optional
+        The most parameters that the file may say it has, see `compeft_fl.decode`.
 
     Raises
     ------
@@ -121,37 +128,37 @@ def read_update(path: str | os.PathLike[str]) -> StoredUpdate:
         found = "a folder: compress it first" if file.is_dir() else "nothing of that name"
         raise AdapterError(f"expected a .compeft file, found {found}")
     content = file.read_bytes()
-    parts = _parts(content)
-    headers = [inspect(part) for part in parts]
-    metadata: dict[str, str] = next((h.metadata for h in headers if h.metadata), {})
+    opened = open_update(_parts(content), max_parameters=max_parameters)
+    metadata, codec, body_bytes = opened.metadata, opened.codec, opened.body_bytes
     if "adapter_config" not in metadata:
         raise AdapterError("expected an adapter_config in the update's metadata, found none")
+    check_names(tensor.name for tensor in opened.layout.tensors)
+    if not opened.layout.num_parameters:
+        raise AdapterError("expected an adapter's tensors, found no parameters")
     return StoredUpdate(
-        update=decode_parts(parts),
-        config=parse_config(metadata["adapter_config"]),
+        config=parse_config(metadata["adapter_config"]),  # before there is any value
+        update=opened.decode(),
         start=metadata.get("start", ""),
-        codec=headers[0].codec,
+        codec=codec,
         num_bytes=len(content),
-        body_bytes=sum(header.body_bytes for header in headers),
+        body_bytes=body_bytes,
     )
 
 
-def _parts(content: bytes) -> list[bytes]:
+def _parts(content: bytes) -> Iterator[bytes]:
     """The messages of a file."""
     if not content.startswith(PARTS_MAGIC):
-        return [content]
-    parts: list[bytes] = []
-    position = len(PARTS_MAGIC)
+        yield content
+        return
+    position, index = len(PARTS_MAGIC), 0
     while position < len(content):
         length = int.from_bytes(content[position : position + 8], "little")
         position += 8
         if length > len(content) - position:
-            raise MalformedError(
-                f"expected part {len(parts)} of {length} bytes, found {len(content) - position}"
-            )
-        parts.append(content[position : position + length])
-        position += length
-    return parts
+            found = max(0, len(content) - position)
+            raise MalformedError(f"expected part {index} of {length} bytes, found {found}")
+        yield content[position : position + length]
+        position, index = position + length, index + 1
 
 
 def restore(stored: StoredUpdate, init: Adapter | None = None) -> Adapter:

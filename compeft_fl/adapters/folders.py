@@ -13,10 +13,12 @@ is taken against a start:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.atomic import replacing
 from compeft_fl.errors import AdapterError
+from compeft_fl.printable import one_line, quoted
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 
 __all__ = [
@@ -45,6 +48,9 @@ __all__ = [
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PICKLE_FILE: Final = "adapter_model.bin"
+_MAX_CONFIG: Final = 4 << 20  # characters; AdaLoRA's rank patterns are the longest
+_MAX_DEPTH: Final = 20
+_METHOD: Final = re.compile(r"[A-Za-z0-9_]{1,40}")
 
 # Per PEFT method: what its tensors start from, and the parts of names by which they are known.
 _STARTS: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
@@ -123,7 +129,9 @@ def load_folder(path: str | os.PathLike[str]) -> Adapter:
         config = parse_config(config_file.read_text(encoding="utf-8"))
     except (AdapterError, UnicodeDecodeError) as error:
         raise AdapterError(f"{config_file}: {error}") from None
-    return Adapter(config, _load_tensors(weights_file))
+    state = _load_tensors(weights_file)
+    check_names(state)
+    return Adapter(config, state)
 
 
 def save_folder(adapter: Adapter, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -141,12 +149,28 @@ def save_folder(adapter: Adapter, path: str | os.PathLike[str], *, force: bool =
     """
     folder = Path(path)
     check_output(folder, force=force)
+    text = json.dumps(adapter.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    content = text.encode()
+    made = _make_folder(folder)
+    try:  # both are there, or what was there before
+        with (
+            replacing(folder / CONFIG_FILE) as config_file,
+            replacing(folder / WEIGHTS_FILE) as weights_file,
+        ):
+            config_file.write_bytes(content)
+            _save_tensors(adapter.state, weights_file)
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder with its parents; those that were not there, the innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        _save_tensors(adapter.state, temporary)
-    with replacing(folder / CONFIG_FILE) as temporary:
-        text = json.dumps(adapter.config, indent=2, sort_keys=True, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    return missing
 
 
 def _save_tensors(state: Mapping[str, Any], file: Path) -> None:
@@ -178,14 +202,52 @@ def check_output(folder: Path, *, force: bool = False) -> None:
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """The content of an ``adapter_config.json``."""
+    """The content of an ``adapter_config.json``.
+
+    Raises
+    ------
+    AdapterError
+        Other text, or what can be read but not written again: numbers of thousands of digits,
+        halves of characters, nesting without an end.
+    """
+    if len(text) > _MAX_CONFIG:
+        raise AdapterError(
+            f"expected at most {_MAX_CONFIG} characters in {CONFIG_FILE}, found {len(text)}"
+        )
     try:
         config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AdapterError(f"expected JSON in {CONFIG_FILE}, found other text: {error}") from None
+        _check_depth(config)
+        json.dumps(config, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # not JSON; too many digits; a lone surrogate
+        raise AdapterError(
+            f"expected JSON in {CONFIG_FILE}, found other text: {one_line(error, 200)}"
+        ) from None
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterError(f'expected an object with a "peft_type" in {CONFIG_FILE}, found none')
+    if not _METHOD.fullmatch(config["peft_type"]):
+        raise AdapterError(
+            f'expected a "peft_type" such as LORA in {CONFIG_FILE}, found '
+            f"{quoted(config['peft_type'])}"
+        )
     return config
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise AdapterError for a tensor's name that does not print: no parameter of a model has one.
+
+    Libraries cut a name off at a NUL, and terminals act on other control characters.
+    """
+    for name in names:
+        if not name.isprintable():
+            raise AdapterError(f"expected tensors' names that print, found {quoted(name)}")
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"more than {_MAX_DEPTH} levels")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, depth + 1)
 
 
 def _load_tensors(file: Path) -> dict[str, Any]:
@@ -207,8 +269,10 @@ def _load_tensors(file: Path) -> dict[str, Any]:
             require_torch(f"{file}: bfloat16 tensors")
             with safe_open(file, framework="pt") as tensors:
                 state |= {n: tensors.get_tensor(n) for n in names if dtypes[n] == "BF16"}
-    except SafetensorError as error:
-        raise AdapterError(f"{file}: expected safetensors, found other bytes: {error}") from None
+    except (SafetensorError, ValueError, OverflowError) as error:  # a shape of 100 dimensions, say
+        raise AdapterError(
+            f"{file}: expected safetensors, found other bytes: {one_line(error, 200)}"
+        ) from None
     if not any(
         tensor.size if isinstance(tensor, np.ndarray) else tensor.numel()
         for tensor in state.values()

@@ -16,6 +16,7 @@ import numpy as np
 
 from compeft_fl import adapters
 from compeft_fl.adapters import files
+from compeft_fl.cli.tables import Table, say
 from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import check_density, check_scale
 from compeft_fl.compeft import compress as compress_vector
@@ -49,7 +50,8 @@ def compress(options: argparse.Namespace) -> int:
     tau.check_finite()
     update = tau if dense else compress_vector(tau, density=density, scale=scale)
     files.write_update(options.output, update, adapter.config, start.tag, options.codec)
-    _print_summary([options.output], [files.read_update(options.output)])
+    written = files.read_update(options.output, max_parameters=update.num_parameters)
+    _print_summary([options.output], [written])
     if isinstance(update, TernaryVector) and init is None:
         _warn_of_lost_parts(update)
     return 0
@@ -77,17 +79,17 @@ def _warn_of_lost_parts(update: TernaryVector) -> None:
 def decompress(options: argparse.Namespace) -> int:
     """Restore an adapter folder."""
     adapters.check_output(options.output, force=options.force)
-    stored = _read(options.file)
+    stored = _read(options.file, options)
     init = adapters.load_folder(options.init) if options.init else None
     adapter = files.restore(stored, init)
     adapters.save_folder(adapter, options.output, force=options.force)
-    print(f"{options.output}: {len(adapter.state)} tensors, {adapter.method}")
+    say(f"{options.output}: {len(adapter.state)} tensors, {adapter.method}")
     return 0
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Show what is in files."""
-    stored = [_read(file) for file in options.files]
+    stored = [_read(file, options) for file in options.files]
     _print_summary(options.files, stored)
     if options.tensors:
         for file, one in zip(options.files, stored, strict=True):
@@ -104,7 +106,7 @@ def merge(options: argparse.Namespace) -> int:
         raise ParameterError(f"expected {len(options.files)} weights, found {len(weights)}")
     first: files.StoredUpdate | None = None
     for file, weight in zip(options.files, weights, strict=True):
-        stored = _read(file)
+        stored = _read(file, options)
         if first is None:
             first = stored
         _check_same_kind(options.files[0], first, file, stored)
@@ -117,7 +119,7 @@ def merge(options: argparse.Namespace) -> int:
     init = adapters.load_folder(options.init) if options.init else None
     adapter = files.restore(merged, init)
     adapters.save_folder(adapter, options.output, force=options.force)
-    print(f"{options.output}: {method.count} adapters merged by {options.method}")
+    say(f"{options.output}: {method.count} adapters merged by {options.method}")
     return 0
 
 
@@ -136,7 +138,7 @@ def _method(options: argparse.Namespace) -> Accumulator:
 
 def similarity(options: argparse.Namespace) -> int:
     """Show a matrix of how much files agree."""
-    stored = [_read(file) for file in options.files]
+    stored = [_read(file, options) for file in options.files]
     for file, other in zip(options.files[1:], stored[1:], strict=True):
         _check_same_kind(options.files[0], stored[0], file, other)
     measure = _cosine if options.measure == "cosine" else _sign_agreement
@@ -146,11 +148,11 @@ def similarity(options: argparse.Namespace) -> int:
     for i in range(size):
         for j in range(i, size):
             matrix[i, j] = matrix[j, i] = measure(updates[i], updates[j])
-    table = _table(options.measure, ["", "file", *map(str, range(1, size + 1))], left=("file",))
+    table = Table(options.measure, ["", "file", *map(str, range(1, size + 1))], left=("file",))
     for i, file in enumerate(options.files):
         cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in matrix[i]]
         table.add_row(str(i + 1), str(file), *cells)
-    _print(table)
+    table.print()
     return 0
 
 
@@ -167,10 +169,10 @@ def _sign_agreement(a: Update, b: Update) -> float:
     return signs[0].sign_agreement(signs[1])
 
 
-def _read(file: Path) -> files.StoredUpdate:
+def _read(file: Path, options: argparse.Namespace) -> files.StoredUpdate:
     """A file's update; an error names the file."""
     try:
-        return files.read_update(file)
+        return files.read_update(file, max_parameters=options.max_parameters)
     except CompeftError as error:
         raise type(error)(f"{file}: {error}") from None
 
@@ -203,7 +205,7 @@ def _check_same_kind(
 
 def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) -> None:
     columns = ["file", "tensors", "parameters", "density", "scale", "codec", "bits/param"]
-    table = _table(None, [*columns, "bytes", "fp16/file", "fp32/file"], left=("file",))
+    table = Table(None, [*columns, "bytes", "fp16/file", "fp32/file"], left=("file",))
     for name, one in zip(names, stored, strict=True):
         update, d = one.update, one.update.num_parameters
         kept = sum(count for _, count in _nonzeros(update))
@@ -219,25 +221,28 @@ def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) 
             f"{2 * d / one.num_bytes:.1f}x",
             f"{4 * d / one.num_bytes:.1f}x",
         )
-    _print(table)
+    table.print()
 
 
 def _print_tensors(name: Path, stored: files.StoredUpdate) -> None:
     update = stored.update
     columns = ["tensor", "shape", "type", "parameters", "kept", "density"]
     title = f"{name} ({stored.config['peft_type']})"
-    table = _table(title, columns, left=("tensor", "shape", "type"))
+    table = Table(title, columns, left=("tensor", "shape", "type"))
     for tensor, count in _nonzeros(update):
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         density = f"{count / max(1, tensor.size):.4g}"
         table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.size:,}", f"{count:,}", density)
-    _print(table)
+    table.print()
 
 
 def _nonzeros(update: Update) -> Iterator[tuple[TensorSpec, int]]:
     """Each tensor with how many of its parameters are kept."""
-    signs = update.with_scales(1.0) if isinstance(update, TernaryVector) else update
-    values: Any = signs.to_task_vector().values
+    if isinstance(update, TernaryVector):
+        counts = update.nonzeros_by_tensor().tolist()
+        yield from zip(update.layout.tensors, counts, strict=True)
+        return
+    values: Any = update.to_task_vector().values
     for tensor, where in update.layout.slices():
         yield tensor, int(np.count_nonzero(values[where]))
 
@@ -245,25 +250,7 @@ def _nonzeros(update: Update) -> Iterator[tuple[TensorSpec, int]]:
 def _scale(update: Update) -> str:
     if not isinstance(update, TernaryVector):
         return "-"
+    if not update.scales.size:  # a layout without tensors may have no scale
+        return "-"
     low, high = float(update.scales.min()), float(update.scales.max())
     return f"{low:.4g}" if low == high else f"{low:.4g} .. {high:.4g}"
-
-
-def _table(title: str | None, columns: Sequence[str], left: Sequence[str]) -> Any:
-    """A table whose columns of text stand left, and numbers right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
-
-
-def _print(table: Any) -> None:
-    """Print a table as wide as it is: names are worth more than a fit to the window."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False, emoji=False, width=1 << 16)
-    console.width = console.measure(table).maximum
-    console.print(table)

@@ -2,12 +2,13 @@
 
 `compeft_fl.cli.run` and `compeft_fl.cli.deploy` run federations, `compeft_fl.cli.bench` measures,
 and `compeft_fl.cli.adapters` does the rest.
-What cannot be done is one line on stderr and exit code 2.
+What cannot be done is one line on stderr and exit code 2, whatever files and names hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +20,14 @@ from compeft_fl import codecs
 from compeft_fl.cli import adapters, bench, deploy, run
 from compeft_fl.errors import CompeftError
 from compeft_fl.merging.accumulators import TIE_RULES
+from compeft_fl.printable import one_line, printable
 
 __all__ = ["main"]
 
 EXIT_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
+UNEXPECTED: Final = "unexpected"  # how a fault of this program's own begins
+TRACEBACK_VARIABLE: Final = "COMPEFT_FL_TRACEBACK"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,16 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CompeftError, OSError) as error:
-        print(f"compeft-fl {arguments[0]}: error: {_one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) and not isinstance(error, CompeftError):
+            raise
+        command = arguments[0] if arguments else ""
+        print(f"compeft-fl {printable(command, 40)}: error: {_described(error)}", file=sys.stderr)
         return EXIT_ERROR
 
 
-def _one_line(error: Exception) -> str:
+def _described(error: Exception) -> str:
+    """One line of what went wrong."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split())
+        return one_line(f"{where}{error.strerror}")
+    if isinstance(error, MemoryError):
+        return one_line(f"not enough memory: {error}".rstrip(": "))
+    if isinstance(error, (CompeftError, OSError)):
+        return one_line(error)
+    return one_line(
+        f"{UNEXPECTED} {type(error).__name__}: {error}; {TRACEBACK_VARIABLE}=1 shows where"
+    )
 
 
 # --- arguments --------------------------------------------------------------------------------
@@ -71,9 +85,11 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        text = one_line(f"{self.prog}: error: {message}")
+        self.exit(EXIT_ERROR, f"{text} (see {self.prog} --help)\n")
 
 
+@functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="compeft-fl",
@@ -108,6 +124,7 @@ def _add(
 
 
 _INIT_HELP = "the adapter as it was before training, a folder"
+_MAX_PARAMETERS_HELP = "the most parameters of a file (default 2^24, or more by its size)"
 _FORCE_HELP = "write into a folder that holds files already"
 
 
@@ -167,6 +184,7 @@ example:
     _add_output(parser, "DIR", "the folder to write")
     parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
     parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+    _add_limit(parser)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -186,6 +204,7 @@ examples:
     )
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a .compeft file")
     parser.add_argument("--tensors", action="store_true", help="show each tensor as well")
+    _add_limit(parser)
 
 
 def _add_merge(commands: Any) -> None:
@@ -222,6 +241,7 @@ examples:
     )
     parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
     parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+    _add_limit(parser)
 
 
 def _add_similarity(commands: Any) -> None:
@@ -242,12 +262,17 @@ example:
     parser.add_argument(
         "--measure", choices=("cosine", "sign-agreement"), default="cosine", help="default cosine"
     )
+    _add_limit(parser)
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
     parser.add_argument(
         "-o", "--output", metavar=metavar, type=Path, required=True, help=text, dest="output"
     )
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-parameters", metavar="N", type=int, help=_MAX_PARAMETERS_HELP)
 
 
 def _number_or_name(text: str) -> str | float:
