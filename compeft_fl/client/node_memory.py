@@ -3,39 +3,65 @@
 The folder is ``ROOT/FEDERATION/NODE``. ROOT is the state folder of this machine; FEDERATION is the
 server's name for the federation, which outlives restarts of the server; NODE is ``node-name`` of
 the node config, or ``PARTITION-of-PARTITIONS`` where Flower's usual ``partition-id`` and
-``num-partitions`` are given, or else the node's id.
+``num-partitions`` are given, or else the node's id. Nodes of one name share nothing: see
+`compeft_fl.client.state_store`, which also says what is removed, and when.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import Context
 
+from compeft_fl.client import state_store
 from compeft_fl.errors import ParameterError, StateError
-from compeft_fl.exchange.node_state import NodeState, StateFile, state_folder
+from compeft_fl.exchange.node_state import NodeState, StateFile
 from compeft_fl.exchange.records import LOGGER
 
-__all__ = ["ENVIRONMENT_KEY", "NodeMemory", "node_name", "state_root"]
+__all__ = ["ENVIRONMENT_KEY", "NodeMemory", "default_root", "node_name", "state_root"]
 
 ENVIRONMENT_KEY = "COMPEFT_FL_STATE_DIR"
 _NODE_CONFIG_KEY = "state-dir"
-_KEPT_SECONDS = 30 * 24 * 3600.0  # of a federation that nobody has heard of
+_ATTEMPTS = 3
 
 
 def state_root(context: Context, state_dir: str | Path | None = None) -> Path:
-    """The state folder: as given, of the node config, of the environment, or the user's own."""
-    for given in (state_dir, context.node_config.get(_NODE_CONFIG_KEY), os.getenv(ENVIRONMENT_KEY)):
-        if given:
-            return Path(str(given)).expanduser()
-    home = os.getenv("XDG_STATE_HOME") or "~/.local/state"
-    return Path(home).expanduser() / "compeft_fl"
+    """The state folder: as given, of the node config, of the environment, or the user's own.
+
+    Raises
+    ------
+    StateError
+        None is given, and this user has no home.
+    """
+    given = state_dir or context.node_config.get(_NODE_CONFIG_KEY)
+    return _expanded(str(given)) if given else default_root()
+
+
+def default_root() -> Path:
+    """The state folder where none is given: of the environment, or the user's own.
+
+    Raises
+    ------
+    StateError
+        The environment names none, and this user has no home.
+    """
+    if given := os.getenv(ENVIRONMENT_KEY):
+        return _expanded(given)
+    return _expanded(os.getenv("XDG_STATE_HOME") or "~/.local/state") / "compeft_fl"
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise StateError(
+            f"expected a home folder for {path}, found none: set {ENVIRONMENT_KEY}, or state-dir "
+            "in the node config"
+        ) from None
 
 
 def node_name(context: Context) -> str:
@@ -73,24 +99,17 @@ class NodeMemory:
     def of(
         cls, context: Context, federation: str, state_dir: str | Path | None = None
     ) -> Iterator[NodeMemory]:
-        """The memory of this node in this federation, locked until the end of the block."""
-        name, root = node_name(context), state_root(context, state_dir)
+        """The memory of this node in this federation, locked until the end of the block.
+
+        Where there can be none, the log says why, and the node goes on without.
+        """
+        name = node_name(context)
         with contextlib.ExitStack() as stack:
-            file: StateFile | None = StateFile(state_folder(root, federation, name))
+            file = None
             try:
-                assert file is not None
-                if (file.folder, threading.get_ident()) in _held:
-                    raise ParameterError(
-                        "expected CompressionMod once in the mods: is CompressionMod there twice?"
-                    )
-                new = not file.folder.parent.exists()
-                stack.enter_context(file.locked())
-                stack.enter_context(_holding(file.folder))
-                if new:
-                    _forget_old_federations(root)
+                file, name = _opened(stack, context, federation, state_root(context, state_dir))
             except StateError as error:
                 LOGGER.warning("CompressionMod: this node remembers nothing: %s", error)
-                file = None
             yield cls(name, file)
 
     def save(self, state: NodeState) -> bool:
@@ -108,6 +127,30 @@ class NodeMemory:
         return True
 
 
+def _opened(
+    stack: contextlib.ExitStack, context: Context, federation: str, root: Path
+) -> tuple[StateFile, str]:
+    """The node's file, locked on the stack, and the name that the node bears."""
+    run = str(context.run_id)
+    for _ in range(_ATTEMPTS):
+        folder = state_store.open_federation(root, federation, run)
+        try:
+            own, name = state_store.claim_node(folder, node_name(context), context.node_id, run)
+            if (own, threading.get_ident()) in _held:
+                raise ParameterError(
+                    "expected CompressionMod once in the mods: is CompressionMod there twice?"
+                )
+            file = StateFile(own)
+            stack.enter_context(file.locked(make=False))
+            stack.enter_context(_holding(own))
+            return file, name
+        except FileNotFoundError:  # somebody has just cleared it
+            continue
+        except OSError as error:
+            raise StateError(f"expected a folder to keep state in, {folder}: {error}") from None
+    raise StateError(f"expected a folder to keep state in, {folder}: it vanishes")
+
+
 _held: set[tuple[Path, int]] = set()
 
 
@@ -120,12 +163,3 @@ def _holding(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(held)
-
-
-def _forget_old_federations(root: Path) -> None:
-    """Remove the state of federations that were last heard of long ago."""
-    for folder in root.iterdir():
-        with contextlib.suppress(OSError):
-            files = [file.stat().st_mtime for file in folder.glob("*/*")]
-            if files and time.time() - max(files) > _KEPT_SECONDS:
-                shutil.rmtree(folder)

@@ -9,10 +9,8 @@ that is delivered twice gets the same answer twice.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +18,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.atomic import replacing
+from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.task_vector import Layout, TensorSpec
 
-__all__ = ["NOTHING", "NO_UPDATE", "NodeState", "StateFile", "state_folder"]
+__all__ = [
+    "LOCK_FILE", "NOTHING", "NO_UPDATE", "STATE_FILE", "NodeState", "StateFile", "safe_name",
+    "state_folder",
+]  # fmt: skip
 
 NOTHING = -1  # the version of what has never been
 NO_UPDATE = b""  # the id of what has never been sent
+STATE_FILE = "state.safetensors"
+LOCK_FILE = "lock"
 _FORMAT = "compeft-fl node state 2"
 _MAX_ID = 64  # bytes of an update's id
-_FILE = "state.safetensors"
 _MAX_VERSION = 2**63 - 1
 
 Residual = NDArray[np.float32] | None
@@ -110,34 +112,48 @@ class StateFile:
     Parameters
     ----------
     folder : Path
-        The node's own, see `state_folder`; it is made where it is missing.
+        The node's own, see `state_folder`; only its user can enter it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / _FILE
+        self.path = folder / STATE_FILE
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, make: bool = True) -> Iterator[None]:
         """Keep other processes that speak for the same node out, until the end of the block.
+
+        What an earlier one left half-written is removed.
+
+        Parameters
+        ----------
+        make : bool
+            The folder, where it is missing.
 
         Raises
         ------
         StateError
             The folder cannot be made or written.
+        FileNotFoundError
+            There is none, and none shall be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StateError(
-                f"expected a folder to keep state in, {self.folder}: {error}"
-            ) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                if make:
+                    self.folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder / LOCK_FILE))
+            except FileNotFoundError:
+                if not make:
+                    raise
+                raise StateError(f"expected a folder to keep state in, {self.folder}") from None
+            except OSError as error:
+                raise StateError(
+                    f"expected a folder to keep state in, {self.folder}: {error}"
+                ) from None
+            for half in self.folder.glob(f".{STATE_FILE}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    half.unlink()
             yield
-        finally:
-            os.close(handle)
 
     def load(self) -> NodeState | None:
         """The state; None where there is none.
@@ -194,7 +210,7 @@ class StateFile:
         }
         told["checksum"] = _checksum(told, held)
         try:
-            with replacing(self.path) as temporary:
+            with replacing(self.path, private=True) as temporary:
                 temporary.write_bytes(save(held, metadata=told))
         except OSError as error:
             raise StateError(
@@ -209,7 +225,7 @@ class StateFile:
 
 def state_folder(root: Path, run: str, node: str) -> Path:
     """The folder of one node in one run: names become safe for a file system, and stay apart."""
-    return root / _safe(run) / _safe(node)
+    return root / safe_name(run) / safe_name(node)
 
 
 def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> NodeState:
@@ -245,7 +261,8 @@ def _named(update: bytes) -> str:
     return update.hex() or "none"
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """A name as a file system takes it; other names stay other ones."""
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)[:64]
     if plain and plain == name:
         return plain
