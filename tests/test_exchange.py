@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from compeft_fl.exchange.downlink import digest_of
 from compeft_fl.exchange.records import EXCHANGE_KEY, find_answer, find_offer
 from compeft_fl.mod import CompressionMod
 from compeft_fl.strategies import (
+    CheckpointFolder,
+    Checkpointing,
     ComPEFTAverage,
     ComPEFTTies,
     DownlinkOptions,
@@ -34,7 +37,14 @@ def grid_of(mod=None, nodes=N, **more) -> LocalGrid:
 
 
 def start(strategy, grid, rounds=3, **more):
+    more = {"checkpointing": resumable()} | more
     return strategy.start(grid, tiny.arrays(), num_rounds=rounds, timeout=20, **more)
+
+
+def resumable() -> Checkpointing:
+    """Of a federation that can go on after its end: its nodes keep what they know."""
+    folder = Path(os.environ["COMPEFT_FL_STATE_DIR"]) / f"server-{uuid.uuid4().hex}"
+    return Checkpointing(CheckpointFolder(folder))
 
 
 def flat(record) -> np.ndarray:
@@ -213,7 +223,9 @@ def test_a_lost_reply_is_undone_exactly():
 
     strategy = Counting(fraction_evaluate=0.0)
     grid = LocalGrid(tiny.client_app(CompressionMod(density=0.2), train=train), N, fault=fault)
-    strategy.start(grid, tiny.arrays(), num_rounds=2, timeout=0.5)
+    strategy.start(
+        grid, tiny.arrays(), num_rounds=2, timeout=0.5, checkpointing=resumable()
+    )  # fmt: skip
     state = remembered(strategy)
     assert sent == [(NODES[0], state.taken), (NODES[0], state.trained)]
     sums["before"], sums["after"] = state.residual, state.next_residual
@@ -242,7 +254,7 @@ def test_an_update_that_was_set_aside_is_sent_again_later():
     app = tiny.client_app(CompressionMod(density=0.2), train=train)
     strategy = ComPEFTAverage(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     grid = LocalGrid(app, 1, fault=fault)
-    result = strategy.start(grid, tiny.arrays(), num_rounds=3, timeout=20)
+    result = start(strategy, grid, 3)
     assert [count.replies for count in strategy.observer.train.values()] == [0, 1, 1]
     moved = flat(result.arrays) - flat(tiny.arrays())
     folder = Path(os.environ["COMPEFT_FL_STATE_DIR"]) / strategy._broadcaster.federation

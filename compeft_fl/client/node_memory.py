@@ -22,7 +22,9 @@ from compeft_fl.errors import ParameterError, StateError
 from compeft_fl.exchange.node_state import NodeState, StateFile
 from compeft_fl.exchange.records import LOGGER
 
-__all__ = ["ENVIRONMENT_KEY", "NodeMemory", "default_root", "node_name", "state_root"]
+__all__ = [
+    "ENVIRONMENT_KEY", "NodeMemory", "default_root", "forget_federation", "node_name", "state_root",
+]  # fmt: skip
 
 ENVIRONMENT_KEY = "COMPEFT_FL_STATE_DIR"
 _NODE_CONFIG_KEY = "state-dir"
@@ -52,6 +54,16 @@ def default_root() -> Path:
     if given := os.getenv(ENVIRONMENT_KEY):
         return _expanded(given)
     return _expanded(os.getenv("XDG_STATE_HOME") or "~/.local/state") / "compeft_fl"
+
+
+def forget_federation(federation: str) -> None:
+    """Remove what this machine's nodes remember of a federation that has ended for good.
+
+    Those are the nodes of a simulation, say, which share the server's state folder. What lies
+    elsewhere goes as `compeft_fl.client.state_store` says.
+    """
+    with contextlib.suppress(StateError):
+        state_store.forget(default_root(), federation)
 
 
 def _expanded(path: str) -> Path:

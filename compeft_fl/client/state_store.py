@@ -41,7 +41,9 @@ from compeft_fl.errors import StateError
 from compeft_fl.exchange.node_state import LOCK_FILE, STATE_FILE, safe_name
 from compeft_fl.exchange.records import LOGGER
 
-__all__ = ["MARKER", "FederationState", "claim_node", "inventory", "open_federation", "remove"]
+__all__ = [
+    "MARKER", "FederationState", "claim_node", "forget", "inventory", "open_federation", "remove",
+]  # fmt: skip
 
 MARKER: Final = ".compeft-fl"
 OWNER_FILE: Final = "owner.json"
@@ -208,6 +210,15 @@ def remove(state: FederationState) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def forget(root: Path, federation: str) -> None:
+    """Remove the state of a federation that has ended, where there is any; the log says so."""
+    folder = root / safe_name(federation)
+    told = _marker_of(folder)
+    if told is not None and told["federation"] == federation[:_LONGEST_NAME]:
+        with contextlib.suppress(OSError):
+            _remove(_looked_at(folder, told), "is of a run that has ended")
 
 
 def _bound(root: Path, new: Path, run: str) -> None:

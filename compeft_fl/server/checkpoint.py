@@ -3,6 +3,10 @@
 A file holds the global adapter, theta_shared and the log of deltas, what is known of each node, the
 strategy's own state (momentum, say) and the history, as safetensors with a checksum. The last few
 are kept; a damaged one is passed over for the one before it, with a line in the log.
+
+A folder belongs to one federation, which ``federation.json`` in it names, and to one server at a
+time, which holds the lock beside it for as long as it lives. Folder and files are for their owner
+only.
 """
 
 from __future__ import annotations
@@ -10,7 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
+import re
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +27,20 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from compeft_fl.atomic import replacing
+from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, LayoutError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
 from compeft_fl.task_vector import Layout
 
-__all__ = ["Checkpoint", "CheckpointFolder"]
+__all__ = ["Checkpoint", "CheckpointFolder", "alone_in"]
 
 _FORMAT = "compeft-fl checkpoint 1"
+_FOLDER_FORMAT = "compeft-fl checkpoints 1"
 _KEPT = 3
+_NAME = re.compile(r"round-(\d{6,})\.safetensors")
+_FEDERATION_FILE = "federation.json"
+_LOCK_FILE = ".lock"
+_LONGEST = 4096
 
 
 @dataclass
@@ -62,6 +75,11 @@ class Checkpoint:
     extra: Any = None
     path: Path | None = None
 
+    @property
+    def federation(self) -> str:
+        """The name of the federation."""
+        return str(self.exchange.get("federation", ""))
+
     def check_like(self, arrays: ArrayRecord) -> None:
         """Raise StateError where the adapter is another than the one that was checkpointed."""
         try:
@@ -86,7 +104,30 @@ class CheckpointFolder:
 
     def files(self) -> list[Path]:
         """The checkpoints, newest first."""
-        return sorted(self.folder.glob("round-*.safetensors"), reverse=True)
+        rounds = {file: _NAME.fullmatch(file.name) for file in self.folder.glob("round-*")}
+        found = {file: int(match[1]) for file, match in rounds.items() if match}
+        return sorted(found, key=found.__getitem__, reverse=True)
+
+    @contextlib.contextmanager
+    def held(self, *, resume: bool) -> Iterator[None]:
+        """Be the folder's only server until the end of the block.
+
+        Raises
+        ------
+        StateError
+            Another server works in it; or a federation that begins finds checkpoints there.
+        """
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        with alone_in(self.folder):
+            files = self.files()
+            if files and not resume:
+                whose = self._federation() or "a federation"
+                raise StateError(
+                    f"expected no checkpoints in {self.folder}, found those of {whose} up to "
+                    f"{files[0].stem}: go on from them (resume), or give another folder"
+                )
+            yield
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write one; a failure (a full disk) is logged, and the run goes on without.
@@ -95,8 +136,9 @@ class CheckpointFolder:
         """
         path = self.folder / f"round-{checkpoint.server_round:06d}.safetensors"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
+            self.folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+            self._belong_to(checkpoint.federation)
+            with replacing(path, private=True) as temporary:
                 temporary.write_bytes(_to_bytes(checkpoint))
         except OSError as error:
             LOGGER.error("round %d: no checkpoint: %s", checkpoint.server_round, error)
@@ -111,17 +153,68 @@ class CheckpointFolder:
         Raises
         ------
         StateError
-            There are some, and none is whole.
+            There are some, and none is whole; or it is of another federation than the folder.
         """
-        files = self.files()
+        files, owner = self.files(), self._federation()
         for path in files:
             try:
-                return _from_file(path)
+                found = _from_file(path)
             except StateError as error:
                 LOGGER.warning("the checkpoint is passed over: %s", error)
+                continue
+            if owner is not None and found.federation != owner:
+                raise StateError(
+                    f"expected checkpoints of federation {owner} alone in {self.folder}, found "
+                    f"{path.name} of federation {found.federation}: which is to go on?"
+                )
+            return found
         if files:
             raise StateError(f"expected a checkpoint in {self.folder}, found none that is whole")
         return None
+
+    def _federation(self) -> str | None:
+        """Whose folder it is; None where it does not say."""
+        try:
+            with (self.folder / _FEDERATION_FILE).open("rb") as file:
+                told = json.loads(file.read(_LONGEST))
+            return str(told["federation"]) if told["format"] == _FOLDER_FORMAT else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def _belong_to(self, federation: str) -> None:
+        if self._federation() == federation:
+            return
+        told = {"format": _FOLDER_FORMAT, "federation": federation}
+        with replacing(self.folder / _FEDERATION_FILE, private=True) as temporary:
+            temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other servers out of a folder, which exists, until the end of the block.
+
+    Raises
+    ------
+    StateError
+        One works in it; the message says which.
+    """
+    lock = folder / _LOCK_FILE
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError:
+            whose = "another server"
+            with contextlib.suppress(OSError):
+                whose += f", {lock.read_text(encoding='utf-8', errors='replace')[:200].strip()},"
+            raise StateError(f"{whose} works in {folder}: one at a time") from None
+        except OSError as error:
+            LOGGER.warning("%s cannot be locked; the run goes on: %s", folder, error)
+        else:
+            # Its name goes while it is held, so that nobody else holds what is no lock any more.
+            stack.callback(lock.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
 
 
 def _to_bytes(checkpoint: Checkpoint) -> bytes:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from compeft_fl.client.node_memory import forget_federation
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
@@ -19,6 +22,7 @@ from compeft_fl.server.streaming_grid import StreamingGrid
 __all__ = ["Checkpointing", "Remembering", "run_rounds"]
 
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+_P = ParamSpec("_P")
 
 
 @dataclass
@@ -28,7 +32,8 @@ class Checkpointing:
     Parameters
     ----------
     folder : CheckpointFolder or None
-        None: no checkpoints.
+        None: no checkpoints. A folder is one federation's: there must be none in it unless this
+        resumes, and no other server that works in it.
     resume : bool
         Begin from the newest whole checkpoint, where there is one.
     extra : callable, optional
@@ -53,6 +58,20 @@ class Remembering(Protocol):
         """Go on from what `state` gave."""
 
 
+def _in_its_folder(run: Callable[_P, Result]) -> Callable[_P, Result]:
+    """A run that holds the folder of its ``checkpointing`` from its first step to its last."""
+
+    @functools.wraps(run)
+    def holding(*args: _P.args, **kwargs: _P.kwargs) -> Result:
+        kept = kwargs.get("checkpointing")
+        has_folder = isinstance(kept, Checkpointing) and kept.folder is not None
+        with kept.folder.held(resume=kept.resume) if has_folder else nullcontext():  # type: ignore[attr-defined]
+            return run(*args, **kwargs)
+
+    return holding
+
+
+@_in_its_folder
 def run_rounds(
     strategy: Strategy, memory: Remembering, broadcaster: Broadcaster,
     grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
@@ -84,7 +103,8 @@ def run_rounds(
     LayoutError, NonFiniteError
         Initial arrays that are no adapter's.
     StateError
-        Checkpoints that are for another adapter, or none of which is whole.
+        Checkpoints that are for another adapter, or none of which is whole; a folder that is
+        another federation's, or in which another server works.
     """
     grid = StreamingGrid.around(grid)
     train_config, evaluate_config = (
@@ -131,6 +151,8 @@ def run_rounds(
             strategy, broadcaster, grid, result, server_round, arrays, evaluate_config, timeout,
             evaluate_fn,
         )  # fmt: skip
+    if kept.folder is None:  # else more rounds can go on from where this run ends
+        forget_federation(broadcaster.federation)
     return result
 
 
