@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +164,107 @@ def test_resuming_without_a_checkpoint_begins(tmp_path):
     keep = Checkpointing(CheckpointFolder(tmp_path), resume=True)
     start(strategy, grid_of(), 2, checkpointing=keep)
     assert set(strategy.observer.train) == {1, 2}
+
+
+def test_a_federation_that_begins_takes_no_folder_of_another(tmp_path):
+    """Its own checkpoints would be the oldest there, and a later resume would go on with those."""
+    folder = CheckpointFolder(tmp_path)
+    first = ComPEFTAverage()
+    start(first, grid_of(), 3, checkpointing=Checkpointing(folder))
+    before = {file: file.read_bytes() for file in folder.files()}
+    with pytest.raises(StateError, match="expected no checkpoints in") as error:
+        start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))
+    assert first._broadcaster.federation in str(error.value)
+    assert "round-000003" in str(error.value)
+    assert {file: file.read_bytes() for file in folder.files()} == before
+    resumed = ComPEFTAverage()
+    start(resumed, grid_of(), 4, checkpointing=Checkpointing(folder, resume=True))
+    assert resumed._broadcaster.federation == first._broadcaster.federation
+    assert set(resumed.observer.train) == {4}
+
+
+def test_a_checkpoint_of_another_federation_in_the_folder_is_named(tmp_path):
+    ours, theirs = CheckpointFolder(tmp_path / "ours"), CheckpointFolder(tmp_path / "theirs")
+    names = []
+    for folder, rounds in ((ours, 1), (theirs, 2)):
+        strategy = ComPEFTAverage()
+        start(strategy, grid_of(), rounds, checkpointing=Checkpointing(folder))
+        names.append(strategy._broadcaster.federation)
+    shutil.copy(theirs.files()[0], ours.folder)
+    with pytest.raises(StateError, match="which is to go on") as error:
+        start(ComPEFTAverage(), grid_of(), 3, checkpointing=Checkpointing(ours, resume=True))
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_folder_of_an_older_version_is_gone_on_with(tmp_path):
+    """It does not say whose it is; its checkpoints do."""
+    folder = CheckpointFolder(tmp_path)
+    start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))
+    (tmp_path / "federation.json").unlink()
+    start(ComPEFTAverage(), grid_of(), 2, checkpointing=Checkpointing(folder, resume=True))
+    assert (tmp_path / "federation.json").exists()
+
+
+def test_one_server_works_in_a_folder(tmp_path):
+    folder, refused = CheckpointFolder(tmp_path), []
+
+    def evaluate(server_round, arrays):
+        for resume in (True, False):
+            second = Checkpointing(CheckpointFolder(tmp_path), resume=resume)
+            with pytest.raises(StateError, match="one at a time") as error:
+                start(ComPEFTAverage(), grid_of(), 1, checkpointing=second)
+            refused.append(str(error.value))
+
+    start(ComPEFTAverage(), grid_of(), 1, evaluate_fn=evaluate, checkpointing=Checkpointing(folder))
+    assert len(refused) == 4
+    assert all(f"another server, process {os.getpid()} on " in each for each in refused)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "federation.json", "round-000001.safetensors",
+    ]  # fmt: skip
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from compeft_fl.server.checkpoint import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_that_was_killed_holds_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(StateError, match=f"process {process.pid} on"):
+            start(ComPEFTAverage(), grid_of(), 1,
+                  checkpointing=Checkpointing(CheckpointFolder(tmp_path)))  # fmt: skip
+    finally:
+        process.kill()
+        process.communicate()
+    start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(CheckpointFolder(tmp_path)))
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "round-notes.safetensors").write_text("mine")
+    (tmp_path / "round-1.safetensors").write_text("mine")
+    folder = CheckpointFolder(tmp_path, kept=1)
+    start(ComPEFTAverage(), grid_of(), 3, checkpointing=Checkpointing(folder))
+    assert [file.name for file in folder.files()] == ["round-000003.safetensors"]
+    assert (tmp_path / "round-notes.safetensors").read_text() == "mine"
+    assert (tmp_path / "round-1.safetensors").read_text() == "mine"
+
+
+def test_checkpoints_are_for_their_owner(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    before = os.umask(0)
+    try:
+        start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.folder.stat().st_mode) == 0o700
+    for file in folder.folder.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
