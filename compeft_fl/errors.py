@@ -10,6 +10,7 @@
     ├── ConfigError             a key or a value of the ready-made app
     ├── StateError              a node's or a server's state on disk that cannot be used
     ├── ResyncError             a node lacks what a message builds on
+    ├── NoUsableReplyError      a run in which no reply was of any use
     ├── MissingPackageError     an optional package that is not installed
     └── WireError               bytes that a decoder rejects (also a ValueError)
         ├── ChecksumError           the CRC-32 is missing or differs
@@ -63,6 +64,7 @@ __all__ = [
     "MaskOverlapError",
     "MissingBodyError",
     "MissingPackageError",
+    "NoUsableReplyError",
     "NonFiniteBodyError",
     "NonFiniteError",
     "NonzeroCountError",
@@ -124,6 +126,18 @@ class StateError(CompeftError):
 
 class ResyncError(CompeftError):
     """A node lacks what a message builds on, and has to be sent it."""
+
+
+class NoUsableReplyError(CompeftError):
+    """A run in which no reply was of any use; the message has the reason that most had.
+
+    Attributes
+    ----------
+    result : flwr.serverapp.strategy.Result, optional
+        What the run would have returned: the adapter that it began with.
+    """
+
+    result: object = None
 
 
 class MissingPackageError(CompeftError):

@@ -14,13 +14,19 @@ from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.merging.accumulators import Accumulator
 from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions
-from compeft_fl.server.intake import Intake, Reply, update_of, weight_of
+from compeft_fl.server.intake import Reply, describe, update_of, weight_of
 from compeft_fl.server.metrics import Metrics
 from compeft_fl.server.observer import RoundCounts, RoundObserver
-from compeft_fl.server.robustness import SignAgreementFilter, take_screened
+from compeft_fl.server.outcomes import Outcomes
+from compeft_fl.server.robustness import (
+    Candidate,
+    SignAgreementFilter,
+    Similarity,
+    screened,
+    tell_similarities,
+)
 from compeft_fl.server.rounds import Checkpointing, run_rounds
-from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.ternary import TernaryVector
+from compeft_fl.task_vector import Layout
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions"]
 
@@ -83,6 +89,7 @@ class ComPEFTStrategy(FedAvg):
             "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
         }
         self._broadcaster = Broadcaster(self.observer, downlink)
+        self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._base: Base | None = None
 
     @abstractmethod
@@ -130,8 +137,8 @@ class ComPEFTStrategy(FedAvg):
             Its arrays have one Array per tensor, of the initial order and data types.
         """
         return run_rounds(
-            self, self, self._broadcaster, grid, initial_arrays, *args,
-            checkpointing=checkpointing, **kwargs,
+            self, self, self._outcomes, grid, initial_arrays, *args,
+            checkpointing=checkpointing, keep_replies=self._is_extended(), **kwargs,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -159,20 +166,28 @@ class ComPEFTStrategy(FedAvg):
         base = self._base
         accumulator = self.accumulator(base.layout)
         metrics = self._metrics("train")
-        intake = Intake("train", server_round, self.observer, self._broadcaster)
 
-        def read(reply: Reply) -> tuple[float, bytes, TernaryVector | TaskVector]:
+        def read(reply: Reply) -> Candidate:
             _, _, weight = weight_of(reply.message.content, self.weighted_by_key)
             _, blob = update_of(reply.message.content)
-            return self.merging_weight(weight), blob, base.read(blob)
+            return Candidate(self.merging_weight(weight), blob, base.read(blob))
 
-        def add(reply: Reply, update: TernaryVector | TaskVector, weight: float) -> None:
-            accumulator.add(update, weight)
-            self._add_metrics(metrics, reply)
-            intake.accept(reply)
+        def tell(rule: SignAgreementFilter, similarities: list[Similarity]) -> None:
+            tell_similarities(rule, server_round, similarities, self.observer)
 
-        take_screened(self.robustness, base.layout, intake, self.observer, replies, read, add)
-        intake.log()
+        candidates = self._outcomes.read("train", server_round, replies, read)
+        for reply, found in screened(self.robustness, base.layout, candidates, tell):
+            try:
+                if found.reason is not None:
+                    raise CompeftError(found.reason)
+                accumulator.add(found.update, found.weight)
+            except CompeftError as error:
+                self._outcomes.set_aside(reply, describe(error))
+            else:
+                self._add_metrics(metrics, reply)
+                self._outcomes.take(reply)
+            del reply, found  # before the next one is pulled
+        self._outcomes.log()
         return self._merge(server_round, base, accumulator), metrics.result()
 
     def configure_evaluate(
@@ -191,19 +206,23 @@ class ComPEFTStrategy(FedAvg):
     ) -> MetricRecord | None:
         """The clients' metrics, aggregated."""
         metrics = self._metrics("evaluate")
-        intake = Intake("evaluate", server_round, self.observer, self._broadcaster)
 
-        def read(reply: Reply) -> None:
-            weight_of(reply.message.content, self.weighted_by_key)
+        def read(reply: Reply) -> float:
+            return weight_of(reply.message.content, self.weighted_by_key)[2]
 
-        def add(reply: Reply, value: None) -> None:
+        for reply, _ in self._outcomes.read("evaluate", server_round, replies, read):
             self._add_metrics(metrics, reply)
-            intake.accept(reply)
-
-        intake.take(replies, read, add)
-        if intake.taken or self.fraction_evaluate > 0:
-            intake.log()
+            self._outcomes.take(reply)
+            del reply  # before the next one is pulled
+        if self.fraction_evaluate > 0:
+            self._outcomes.log()
         return metrics.result()
+
+    def _is_extended(self) -> bool:
+        """Whether a user's own code stands before the aggregation, or after it."""
+        names = ("aggregate_train", "aggregate_evaluate")
+        own = (getattr(getattr(self, name), "__func__", None) for name in names)
+        return list(own) != [getattr(ComPEFTStrategy, name) for name in names]
 
     def _merge(self, server_round: int, base: Base, accumulator: Accumulator) -> ArrayRecord:
         if not accumulator.count:

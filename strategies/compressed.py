@@ -14,14 +14,14 @@ from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER, array_records, metric_records
 from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions, conform
 from compeft_fl.server.inner_state import restore_state, state_of
-from compeft_fl.server.intake import Intake, Reply, update_of, weight_of
+from compeft_fl.server.intake import Reply, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, signature
 from compeft_fl.server.observer import RoundCounts, RoundObserver
+from compeft_fl.server.outcomes import Outcomes
+from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, SizedArrays
 from compeft_fl.server.rounds import Checkpointing, run_rounds
 
 __all__ = ["Compressed"]
-
-_MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not export
 
 
 class Compressed(Strategy):
@@ -71,6 +71,7 @@ class Compressed(Strategy):
         self.inner = inner
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         self._broadcaster = Broadcaster(self.observer, downlink)
+        self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._arrays: ArrayRecord | None = None
         self._sent: dict[int, Base] = {}
         self._messages: dict[int, Message] = {}
@@ -90,7 +91,7 @@ class Compressed(Strategy):
     ) -> Result:
         """See `ComPEFTStrategy.start`."""
         return run_rounds(
-            self, self, self._broadcaster, grid, initial_arrays, *args,
+            self, self, self._outcomes, grid, initial_arrays, *args,
             checkpointing=checkpointing, **kwargs,
         )  # fmt: skip
 
@@ -156,8 +157,7 @@ class Compressed(Strategy):
 
     def _usable(self, kind: str, server_round: int, replies: Iterable[Message]) -> list[Message]:
         """Replies as the inner strategy knows them: with ordinary arrays, or with an error."""
-        intake = Intake(kind, server_round, self.observer, self._broadcaster)
-        kept: list[tuple[Reply, Signature]] = []
+        outcomes = self._outcomes
 
         def read(reply: Reply) -> tuple[RecordDict, Signature]:
             content = reply.message.content
@@ -166,27 +166,26 @@ class Compressed(Strategy):
                 content = self._expand(reply.node_id, content)
             return content, kinds
 
-        def add(reply: Reply, value: tuple[RecordDict, Signature]) -> None:
-            reply.message.content = value[0]
-            kept.append((reply, value[1]))
-
-        intake.take(replies, read, add)
+        kept = []
+        for reply, (content, kinds) in outcomes.read(kind, server_round, replies, read):
+            reply.message.content = content
+            kept.append((reply, kinds))
         usable = []
         usual = [kinds for kinds, _ in Counter(kinds for _, kinds in kept).most_common(1)]
         for reply, kinds in kept:
             if kinds in usual:
-                intake.accept(reply)
+                outcomes.take(reply)
                 usable.append(reply.message)
             else:
                 reason = "its records or metrics have other keys than those of most replies"
-                intake.set_aside(reply.node_id, reply.num_bytes, reason)
-        intake.log()
+                outcomes.set_aside(reply, reason)
+        outcomes.log()
         # A strategy for differential privacy, say, must know that a node has failed.
-        failed = dict(intake.failed)
+        failed = dict(outcomes.failed)
         for message in usable:
             failed.pop(message.metadata.src_node_id, None)
         usable.extend(
-            Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=self._messages[node_id])
+            Message(Error(MOD_FAILED_PRECONDITION, reason), reply_to=self._messages[node_id])
             for node_id, reason in failed.items()
             if node_id in self._messages
         )
@@ -198,7 +197,8 @@ class Compressed(Strategy):
         if node_id not in self._sent:
             raise ParameterError("expected a reply from a node that was sent the adapter")
         base = self._sent[node_id]
-        return RecordDict({**content, key: base.moved_by(base.read(blob).to_task_vector())})
+        arrays = base.moved_by(base.read(blob).to_task_vector())
+        return RecordDict({**content, key: SizedArrays(arrays, content[key].count_bytes())})
 
     def _signature(self, content: RecordDict) -> Signature:
         """What must be the same in all replies for Flower's strategies; metrics are checked."""

@@ -143,7 +143,7 @@ def a_nan_scale(reply):
 # --- records -----------------------------------------------------------------------------------
 
 
-@bad("expected an Update in the reply, found none: does the ClientApp use CompressionMod?")
+@bad("expected an Update in the reply, found plain arrays")
 def no_mod(reply):
     return with_records(reply, arrays=arrays())
 

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 from local_grid import LocalGrid, node_ids
 
 from compeft_fl.compeft import compress
-from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
+from compeft_fl.errors import LayoutError, NonFiniteError, NoUsableReplyError, ParameterError
 from compeft_fl.mod import CompressionMod
 from compeft_fl.server.broadcast import conform
 from compeft_fl.strategies import ComPEFTAverage, Compressed, DownlinkOptions
@@ -179,8 +179,9 @@ def test_no_usable_reply_leaves_the_adapter(name, caplog):
     grid = compressed_grid(
         fault=lambda node, reply: make(reply) if "arrays" in reply.content else [reply]
     )
-    result = Compressed(EVERY[name]()).start(grid, tiny.arrays(), num_rounds=2)
-    assert_same(result.arrays, tiny.adapter())
+    with pytest.raises(NoUsableReplyError, match="of 16: ChecksumError: expected a ch") as failure:
+        Compressed(EVERY[name]()).start(grid, tiny.arrays(), num_rounds=2)
+    assert_same(failure.value.result.arrays, tiny.adapter())
     assert "round 2: the global adapter stays as it was" in caplog.text
 
 
@@ -323,7 +324,7 @@ class NoArrays(FedAvg):
         return super()._construct_messages(config, node_ids, message_type)
 
 
-def test_a_reply_to_a_message_without_arrays_has_nothing_to_be_added_to(caplog):
+def test_a_reply_to_a_message_without_arrays_has_nothing_to_be_added_to():
     app = ClientApp()
 
     @app.train()
@@ -332,11 +333,10 @@ def test_a_reply_to_a_message_without_arrays_has_nothing_to_be_added_to(caplog):
         question = Message(RecordDict({"arrays": tiny.arrays()}), ctx.node_id, "train")
         return Message(honest(question, ctx).content, reply_to=msg)
 
-    result = Compressed(NoArrays(fraction_evaluate=0.0)).start(
-        LocalGrid(app, 2), tiny.arrays(), num_rounds=1
-    )
-    assert_same(result.arrays, tiny.adapter())
-    assert "expected a reply from a node that was sent the adapter" in caplog.text
+    with pytest.raises(NoUsableReplyError, match="a reply from a node that was sent the adapter"):
+        Compressed(NoArrays(fraction_evaluate=0.0)).start(
+            LocalGrid(app, 2), tiny.arrays(), num_rounds=1
+        )
 
 
 class Makes(FedAvg):
@@ -395,8 +395,8 @@ def test_a_stock_strategy_cannot_read_the_mods_replies():
 def test_a_client_without_the_mod_is_said(caplog):
     """And what one sees who changes the server only."""
     grid = LocalGrid(tiny.client_app(), 2)
-    result = ComPEFTAverage(fraction_evaluate=0.0).start(grid, tiny.arrays(), num_rounds=1)
-    assert_same(result.arrays, tiny.adapter())
+    with pytest.raises(NoUsableReplyError, match="put CompressionMod into the client, as the fi"):
+        ComPEFTAverage(fraction_evaluate=0.0).start(grid, tiny.arrays(), num_rounds=1)
     assert "error reply, code 2: <class 'TypeError'>" in caplog.text
     assert "compeft_fl.wire.v1.Update" in caplog.text
 

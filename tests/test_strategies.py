@@ -13,7 +13,7 @@ from local_grid import LocalGrid, node_ids
 
 import compeft_fl as cf
 from compeft_fl import strategies as public
-from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
+from compeft_fl.errors import LayoutError, NonFiniteError, NoUsableReplyError, ParameterError
 from compeft_fl.exchange.records import EXCHANGE_KEY
 from compeft_fl.mod import CompressionMod
 from compeft_fl.strategies import (
@@ -151,12 +151,15 @@ def assert_said(caplog, fault_of: dict[int, str]) -> None:
 @every_strategy
 @pytest.mark.parametrize("fault", ["cut off", "a node that is gone", "a NaN weight", "no mod"])
 def test_with_no_usable_reply_the_adapter_stays(name, fault, caplog):
-    make, _ = BAD_REPLIES[fault]
+    make, said = BAD_REPLIES[fault]
     strategy = EVERY[name][0]()
     grid = grid_of(
         CompressionMod(), fault=lambda node, reply: make(reply) if train(reply) else [reply]
     )
-    result = start(strategy, grid, 2)
+    with pytest.raises(NoUsableReplyError, match="used: 8 training messages; of 8: ") as failure:
+        start(strategy, grid, 2)
+    assert said in str(failure.value)
+    result = failure.value.result
     assert_same(result.arrays, tiny.adapter())
     assert result.train_metrics_clientapp == {}
     assert result.evaluate_metrics_clientapp[2]["sum"]

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from compeft_fl import strategies
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
-from compeft_fl.errors import CompeftError, ConfigError
+from compeft_fl.errors import ConfigError, NoUsableReplyError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
 from compeft_fl.results import tensorboard
 from compeft_fl.results.journal import Journal
@@ -76,22 +76,28 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
             extra=journal.state,
             restored=journal.restore,
         )
-    rule.start(
-        grid=grid,
-        initial_arrays=initial,
-        num_rounds=config.rounds,
-        timeout=config.timeout,
-        evaluate_fn=score,
-        **options,
-    )
+    failure: NoUsableReplyError | None = None
+    try:
+        rule.start(
+            grid=grid,
+            initial_arrays=initial,
+            num_rounds=config.rounds,
+            timeout=config.timeout,
+            evaluate_fn=score,
+            **options,
+        )
+    except NoUsableReplyError as error:  # raised below, when the report is written
+        failure = error
     classifier.save(journal.folder / "adapter")  # it holds what was scored last
     if board is not None:
         board.close()
     record = journal.record()
     report.write(journal.folder, record)
+    if failure is not None:
+        raise failure
     if config.rounds and config.fraction_train and not any(r.replies for r in record.rounds):
         reason = journal.reasons[0] if journal.reasons else "no node answered"
-        raise CompeftError(f"no reply of any node could be used; the first: {reason}")
+        raise NoUsableReplyError(f"no reply of any node could be used; the first: {reason}")
 
 
 def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Strategy:

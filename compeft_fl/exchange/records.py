@@ -30,6 +30,7 @@ from compeft_fl.wire.messages import STYPE
 __all__ = [
     "EXCHANGE_KEY",
     "LOGGER",
+    "NUMPY_STYPE",
     "answer_record",
     "array_records",
     "find_answer",
@@ -57,7 +58,7 @@ _SECONDS_KEY = "t"
 _SECONDS = struct.Struct("<2e")
 _LONGEST_SECONDS = 65504.0
 
-_NUMPY_STYPE = "numpy.ndarray"
+NUMPY_STYPE = "numpy.ndarray"
 _NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.float32}
 
 
@@ -71,9 +72,9 @@ def to_state(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
     """
     state = {}
     for name, array in arrays.items():
-        if array.stype != _NUMPY_STYPE:
+        if array.stype != NUMPY_STYPE:
             raise LayoutError(
-                f"expected an Array of stype {_NUMPY_STYPE!r}, found {array.stype!r} in {name!r}"
+                f"expected an Array of stype {NUMPY_STYPE!r}, found {array.stype!r} in {name!r}"
             )
         try:
             state[name] = array.numpy()

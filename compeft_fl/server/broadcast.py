@@ -26,6 +26,7 @@ from compeft_fl.exchange.records import (
     EXCHANGE_KEY,
     LOGGER,
     array_records,
+    find_offer,
     offer_record,
     shipment_record,
     to_arrays,
@@ -134,15 +135,6 @@ class Base:
             return _finite(change.apply(self.state))
 
 
-@dataclass
-class _Sent:
-    """What a node was sent in this round."""
-
-    content: RecordDict  # as the strategy made it
-    known: bool
-    asked: bool  # what it has: it was sent an offer and nothing else
-
-
 class Broadcaster:
     """Versions of the global adapter, and who has which.
 
@@ -164,9 +156,18 @@ class Broadcaster:
         self._resyncs: dict[int, int] = {}  # in this round, by node id
         self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
         self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
-        self._sent: dict[int, _Sent] = {}  # in this round, by node id
-        self._envelope: dict[str, Any] = {}
+        self._addressed: set[int] = set()  # nodes of this round
         self._key = ""
+
+    def begin(self) -> None:
+        """Forget all versions and nodes: another federation begins."""
+        self.federation = secrets.token_hex(8)
+        self._downlink = self._base = None
+        self._nodes, self._restored = NodeTable(), False
+        self._resyncs.clear()
+        self._shipments.clear()
+        self._records.clear()
+        self._addressed.clear()
 
     def base(self, arrays: ArrayRecord) -> Base:
         """Make a version of these arrays, unless they have one, and say what it is.
@@ -219,7 +220,7 @@ class Broadcaster:
         self._resyncs.clear()
         self._shipments.clear()
         self._records.clear()
-        self._sent.clear()
+        self._addressed.clear()
         self.transfers.begin()
         size = base.layout.num_parameters
         addressed: dict[int, Base] = {}
@@ -255,14 +256,7 @@ class Broadcaster:
             message.content = sent[same][1]
             groups.setdefault(id(shipment), (shipment.num_bytes, []))[1].append(node_id)
             addressed[node_id] = base
-            known = taken != UNKNOWN
-            self._sent[node_id] = _Sent(content, known, self._restored and not known)
-            metadata = message.metadata
-            self._envelope = {
-                "message_type": metadata.message_type,
-                "ttl": metadata.ttl,
-                "group_id": metadata.group_id,
-            }
+            self._addressed.add(node_id)
         for num_bytes, nodes in groups.values():
             self._observer.on_broadcast(server_round, kind, nodes, num_bytes)
         return addressed
@@ -274,19 +268,20 @@ class Broadcaster:
 
     def heard(self, node_id: int, answer: Answer) -> None:
         """Note what a node says of itself."""
-        if node_id in self._sent:
+        if node_id in self._addressed:
             self._nodes.heard(node_id, answer)
 
     def took(self, node_id: int) -> None:
         """Note that the update in a node's reply was merged."""
         self._nodes.took(node_id)
 
-    def resync(self, node_id: int, answer: Answer, server_round: int) -> Message | None:
-        """The round's message to a node once more, with what it lacks.
+    def resync(self, question: Message, answer: Answer, server_round: int) -> Message | None:
+        """A node's message once more, with what it lacks; all else as it was sent.
 
         Parameters
         ----------
-        node_id : int
+        question : flwr.app.Message
+            The message that the node could not follow.
         answer : Answer
             The node's, after `heard`.
         server_round : int
@@ -294,24 +289,27 @@ class Broadcaster:
         Returns
         -------
         flwr.app.Message or None
-            None where the node was sent nothing, or has had its chances.
+            None where the message had no offer, or the node has had its chances.
         """
+        node_id = question.metadata.dst_node_id
         attempts = self._resyncs[node_id] = self._resyncs.get(node_id, 0) + 1
-        if attempts > _MAX_RESYNCS or self._downlink is None or node_id not in self._sent:
+        told = find_offer(question.content)
+        if attempts > _MAX_RESYNCS or self._downlink is None or told is None:
             return None
-        sent = self._sent[node_id]
-        if attempts == 1 and not sent.known and answer.version != NOTHING:
+        offer, self._key, _ = told
+        unknown = offer.taken == UNKNOWN
+        if attempts == 1 and unknown and answer.version != NOTHING:
             shipment = self._lacking(answer.version)  # it was here before, under another id
-        elif attempts == 1 and sent.asked:
-            shipment = self._lacking(self._start)
+        elif attempts == 1 and unknown and self._restored:
+            shipment = self._lacking(self._start)  # it was sent an offer and nothing else
         else:
             shipment = self._snapshot()
         self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
         size = self.num_parameters
         self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
-        known = self._nodes.get(node_id)
-        content = self._content(sent.content, shipment, known.taken if known else NO_UPDATE)
-        return Message(content, node_id, **self._envelope)
+        known, sent = self._nodes.get(node_id), question.metadata
+        content = self._content(question.content, shipment, known.taken if known else NO_UPDATE)
+        return Message(content, node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
     @property
     def _start(self) -> int | None:

@@ -1,220 +1,123 @@
-"""The replies of a round, each checked on its own: what is wrong with one stops no other."""
+"""What comes up: each reply of a round checked on its own, and read, without side effects."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import reprlib
-import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
 
 from flwr.app import Message, MetricRecord, RecordDict
 
-from compeft_fl.errors import CompeftError, MalformedError, ParameterError, ResyncError
+from compeft_fl.errors import CompeftError, MalformedError, ParameterError
 from compeft_fl.exchange.protocol import Answer
 from compeft_fl.exchange.records import (
+    EXCHANGE_KEY,
     LOGGER,
+    NUMPY_STYPE,
     array_records,
     find_answer,
     find_update,
     metric_records,
 )
-from compeft_fl.server.broadcast import Broadcaster
-from compeft_fl.server.observer import RoundObserver
-from compeft_fl.server.streaming_grid import ReplyStream
+from compeft_fl.wire.messages import STYPE
 
-__all__ = ["MAX_WEIGHT", "Intake", "Reply", "update_of", "weight_of"]
+__all__ = ["MAX_WEIGHT", "Reply", "describe", "one_line", "received", "update_of", "weight_of"]
 
 MAX_WEIGHT = 1e12  # no client has more examples; plausible lies are another matter
 _MAX_REASON = 400  # characters of a reason in the log
 _MAX_READ = 1 << 16
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_KEYS = itertools.count()
 
-T = TypeVar("T")
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply as it came; the stages of a round hand it on.
 
-class Reply(NamedTuple):
-    """A reply, the node that it is from, and the bytes of its Arrays, whatever they are worth."""
+    Attributes
+    ----------
+    node_id : int
+        The node that was asked, whatever the reply says of its sender.
+    message : flwr.app.Message
+    num_bytes : int
+        Of its Arrays, whatever they are worth.
+    key : int
+        Its own among all replies of this process.
+    question : flwr.app.Message, optional
+        The message that it answers, as it was sent; None where that is not known.
+    answer : Answer, optional
+        What the node says of itself.
+    problem : str, optional
+        Why it is no use, as far as that shows without reading its Update.
+    is_second : bool
+        A reply to a message that has one.
+    """
 
     node_id: int
     message: Message
     num_bytes: int
+    key: int
+    question: Message | None = None
+    answer: Answer | None = None
+    problem: str | None = None
+    is_second: bool = False
 
 
-class Intake:
-    """Takes a round's replies one by one; says which are set aside, and why.
-
-    A node that asks for what it lacks is sent it, and its next reply is waited for.
+def received(message: Message, question: Message | None, answered: set[str]) -> Reply:
+    """Look at a reply that has come: is it one at all, and what does it say of its node?
 
     Parameters
     ----------
-    kind : "train" or "evaluate"
-    server_round : int
-    observer : RoundObserver
-    broadcaster : Broadcaster
-        Is told what the nodes say of themselves, and which updates are taken.
+    message : flwr.app.Message
+    question : flwr.app.Message, optional
+        What it answers.
+    answered : set of str
+        The ids of this round's messages that have a reply; this one's is added.
 
-    Attributes
-    ----------
-    taken : int
-        Replies that were accepted.
-    failed : list of (node id, reason)
-        Replies that were set aside.
+    Returns
+    -------
+    Reply
+        What is wrong with it is in its ``problem``; nothing is raised.
     """
+    metadata = message.metadata
+    is_second = bool(metadata.reply_to_message_id) and metadata.reply_to_message_id in answered
+    answered.add(metadata.reply_to_message_id)
+    # Replies that Flower makes for a node that is gone carry the server's id as their sender.
+    node_id = question.metadata.dst_node_id if question else metadata.src_node_id
+    num_bytes, answer, problem = 0, None, None
+    try:
+        _check(message, is_second)
+        num_bytes = num_array_bytes(message.content)
+        answer = find_answer(message.content)
+    except CompeftError as error:
+        problem = describe(error)
+    except Exception as error:
+        # No client may stop the round, not even by way of a mistake of this program.
+        LOGGER.exception("an unexpected error while looking at the reply of node %d", node_id)
+        problem = describe(error)
+    return Reply(node_id, message, num_bytes, next(_KEYS), question, answer, problem, is_second)
 
-    def __init__(
-        self, kind: str, server_round: int, observer: RoundObserver, broadcaster: Broadcaster
-    ) -> None:
-        self.kind, self.server_round, self._observer = kind, server_round, observer
-        self._broadcaster = broadcaster
-        self.taken = 0
-        self.failed: list[tuple[int, str]] = []
-        self._missing = 0
-        self._num_bytes = 0
-        self._answered: set[str] = set()
 
-    def take(
-        self,
-        replies: Iterable[Message],
-        read: Callable[[Reply], T],
-        add: Callable[[Reply, T], None],
-    ) -> None:
-        """Read each reply, and add what was read. Holds one reply at a time.
+def _check(message: Message, is_second: bool) -> None:
+    """Raise for what is no answer at all."""
+    if is_second:
+        raise MalformedError("expected one reply to a message, found a second")
+    if message.has_error():
+        reason = f"error reply, code {message.error.code}: {message.error.reason}"
+        raise CompeftError(reason + _hint(reason))
+    if not message.has_content():
+        raise MalformedError("expected a reply with content, found none")
 
-        Parameters
-        ----------
-        replies : iterable of flwr.app.Message
-        read : callable
-            Checks and decodes, and changes nothing. Whatever it raises sets the reply aside.
-        add : callable
-            Uses what was read, and accepts the reply now or later. A CompeftError sets it aside.
-        """
-        stream = replies if isinstance(replies, ReplyStream) else None
-        for message in replies:
-            node_id = stream.node_id(message) if stream else message.metadata.src_node_id
-            self._take_one(Reply(node_id, message, 0), stream, read, add)
-            del message  # before the next one is pulled
-        if stream:
-            for node_id, reason in stream.unreadable:
-                transfers = self._broadcaster.transfers
-                transfers.incoming(self.server_round, self.kind, node_id, None, 0, 0)
-                self.set_aside(node_id, 0, reason)
-            for node_id in stream.missing:  # which the stream has logged
-                self._missing += 1
-                self._observer.on_reply(
-                    self.server_round, self.kind, node_id, 0, None, "no reply in time"
-                )
 
-    def accept(self, reply: Reply) -> None:
-        """Count a reply as taken."""
-        self.taken += 1
-        self._num_bytes += reply.num_bytes
-        if self.kind == "train":
-            self._broadcaster.took(reply.node_id)
-        metrics = next(iter(metric_records(reply.message.content).values()), None)
-        self._observer.on_reply(
-            self.server_round, self.kind, reply.node_id, reply.num_bytes, metrics, None
-        )
-
-    def set_aside(self, node_id: int, num_bytes: int, reason: str) -> None:
-        """Leave a reply out of the round, and say so."""
-        reason = _one_line(reason)
-        LOGGER.warning(
-            "round %d: the %s reply of node %d is set aside: %s",
-            self.server_round,
-            self.kind,
-            node_id,
-            reason,
-        )
-        self.failed.append((node_id, reason))
-        self._num_bytes += num_bytes
-        self._observer.on_reply(self.server_round, self.kind, node_id, num_bytes, None, reason)
-
-    def log(self) -> None:
-        """Say how the round went."""
-        LOGGER.info(
-            "aggregate_%s: %d replies taken (%d bytes of arrays in all), %d set aside, %d missing",
-            self.kind,
-            self.taken,
-            self._num_bytes,
-            len(self.failed),
-            self._missing,
-        )
-
-    def _take_one(
-        self,
-        reply: Reply,
-        stream: ReplyStream | None,
-        read: Callable[[Reply], T],
-        add: Callable[[Reply, T], None],
-    ) -> None:
-        answer, seconds = None, None
-        try:
-            try:
-                self._check(reply.message)
-                reply = reply._replace(num_bytes=num_array_bytes(reply.message.content))
-                answer = find_answer(reply.message.content)
-                if answer is not None:
-                    self._broadcaster.heard(reply.node_id, answer)
-                if answer is None or not answer.resync:
-                    started = time.perf_counter()
-                    value = read(reply)
-                    seconds = time.perf_counter() - started
-            finally:
-                self._tell(reply, answer, seconds)
-            if answer is not None and answer.resync:
-                self._resync(reply, answer, stream)
-                return
-        except CompeftError as error:
-            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
-            return
-        except Exception as error:
-            # No client may stop the round, not even by way of a mistake of this program. Nothing
-            # has been merged yet; the traceback is for whoever mends it.
-            LOGGER.exception("an unexpected error while reading the reply of node %d", reply[0])
-            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
-            return
-        try:
-            add(reply, value)
-        except CompeftError as error:
-            self.set_aside(reply.node_id, reply.num_bytes, _describe(error))
-
-    def _check(self, message: Message) -> None:
-        """Raise for what is no answer at all."""
-        message_id = message.metadata.reply_to_message_id
-        if message_id and message_id in self._answered:
-            raise MalformedError("expected one reply to a message, found a second")
-        self._answered.add(message_id)
-        if message.has_error():
-            raise CompeftError(f"error reply, code {message.error.code}: {message.error.reason}")
-        if not message.has_content():
-            raise MalformedError("expected a reply with content, found none")
-
-    def _tell(self, reply: Reply, answer: Answer | None, seconds: float | None) -> None:
-        """Tell the observer that a reply has crossed the wire."""
-        self._broadcaster.transfers.incoming(
-            self.server_round,
-            "resync" if answer is not None and answer.resync else self.kind,
-            reply.node_id,
-            reply.message,
-            self._broadcaster.num_parameters,
-            reply.num_bytes,
-            seconds,
-            answer.seconds if answer is not None else None,
-        )
-
-    def _resync(self, reply: Reply, answer: Answer, stream: ReplyStream | None) -> None:
-        """Send a node that cannot follow what it lacks."""
-        more = self._broadcaster.resync(reply.node_id, answer, self.server_round)
-        if more is None or stream is None or not stream.push(more):
-            raise ResyncError(f"the node cannot follow: {answer.resync}")
-        self._broadcaster.transfers.pushed([more])
-        LOGGER.info(
-            "round %d: node %d is sent what it lacks: %s",
-            self.server_round,
-            reply.node_id,
-            _one_line(answer.resync),
-        )
+def _hint(reason: str) -> str:
+    """What to do about a ClientApp, or a mod, that was given an Update and wants arrays."""
+    if STYPE not in reason:
+        return ""
+    return (
+        "; it was given an Update and wants arrays: put CompressionMod into the client, "
+        "as the first of its mods"
+    )
 
 
 def num_array_bytes(content: RecordDict) -> int:
@@ -233,11 +136,16 @@ def update_of(content: RecordDict) -> tuple[str, bytes]:
         None, or more than one.
     """
     found = find_update(content)
-    if found is None:
-        raise MalformedError(
-            "expected an Update in the reply, found none: does the ClientApp use CompressionMod?"
-        )
-    return found
+    if found is not None:
+        return found
+    stypes = {each.stype for rec in array_records(content).values() for each in rec.values()}
+    what = "plain arrays" if NUMPY_STYPE in stypes else "none"
+    hint = "put CompressionMod into the client: ClientApp(mods=[CompressionMod()])"
+    if EXCHANGE_KEY in content:
+        hint = "CompressionMod is there; a mod before it may have replaced it"
+        if what == "none":
+            hint = "the train function returned no ArrayRecord"
+    raise MalformedError(f"expected an Update in the reply, found {what}; {hint}")
 
 
 def weight_of(content: RecordDict, weighted_by_key: str) -> tuple[str, MetricRecord, float]:
@@ -263,12 +171,12 @@ def weight_of(content: RecordDict, weighted_by_key: str) -> tuple[str, MetricRec
     return key, metrics, float(weight)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """The error's class, where it says more than the message, and the message."""
     return str(error) if type(error) is CompeftError else f"{type(error).__name__}: {error}"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A reason for the log: what clients write can be long, in colour, and have line breaks.
 
     Of a long one, its beginning and its end: Python's tracebacks end with the error.

@@ -14,10 +14,10 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
@@ -25,19 +25,44 @@ from flwr.app import Message, MetricRecord, RecordDict
 from compeft_fl.errors import CompeftError
 from compeft_fl.exchange.records import LOGGER, metric_records
 from compeft_fl.merging.majority import Agreement, SignMajority
-from compeft_fl.server.intake import Intake, Reply
-from compeft_fl.server.observer import RoundObserver
+from compeft_fl.server.intake import Reply
 from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import name_nodes
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode
 
-__all__ = ["SignAgreementFilter", "Similarity", "SimilarityObserver", "take_screened"]
+__all__ = [
+    "Candidate",
+    "SignAgreementFilter",
+    "Similarity",
+    "SimilarityObserver",
+    "screened",
+    "tell_similarities",
+]
 
 Update = TernaryVector | TaskVector
 
 _PASSES = 8  # over a round's replies, at most, to find whose votes count
+
+
+class Candidate(NamedTuple):
+    """A reply that has been read.
+
+    Attributes
+    ----------
+    weight : float
+    blob : bytes
+        Its Update as it came; empty where a rule has had its say.
+    update : TernaryVector or TaskVector
+    reason : str or None
+        Why a rule sets it aside.
+    """
+
+    weight: float
+    blob: bytes
+    update: Update
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,7 @@ class _Entry:
 
     node_id: int
     num_bytes: int
+    key: int
     weight: float
     position: int
     sizes: tuple[int, int]  # of the metrics and of the Update
@@ -110,13 +136,14 @@ class _Screening:
     ) -> None:
         self._spool.close()
 
-    def add(self, reply: Reply, blob: bytes, update: Update, weight: float) -> None:
+    def add(self, reply: Reply, candidate: Candidate) -> None:
         """Count a reply's vote, and keep its bytes and metrics."""
+        weight, blob, update, _ = candidate
         records = metric_records(reply.message.content)
         told = json.dumps({key: dict(metrics) for key, metrics in records.items()}).encode()
         entry = _Entry(
-            reply.node_id, reply.num_bytes, weight, self._spool.tell(), (len(told), len(blob)),
-            *_sizes(update),
+            reply.node_id, reply.num_bytes, reply.key, weight, self._spool.tell(),
+            (len(told), len(blob)), *_sizes(update),
         )  # fmt: skip
         try:
             self._spool.write(told)
@@ -173,7 +200,7 @@ class _Screening:
         entry.votes = False
         self._majority.remove(self._update(entry))
 
-    def replies(self) -> Iterator[tuple[Reply, Update, float, str | None]]:
+    def replies(self) -> Iterator[tuple[Reply, Candidate]]:
         """Each reply with its update and weight, both within bounds, and why it is set aside."""
         if not self._entries or self._carrier is None:
             return
@@ -187,11 +214,11 @@ class _Screening:
             self._carrier.content = RecordDict(
                 {key: MetricRecord(metrics) for key, metrics in told.items()}
             )
-            reply = Reply(entry.node_id, self._carrier, entry.num_bytes)
+            reply = Reply(entry.node_id, self._carrier, entry.num_bytes, entry.key)
             update = self._update(entry)
             if entry.norm > self._most_norm:
                 update = _shortened(update, self._most_norm / entry.norm)
-            yield reply, update, min(entry.weight, most), entry.reason
+            yield reply, Candidate(min(entry.weight, most), b"", update, entry.reason)
 
     def _update(self, entry: _Entry) -> Update:
         self._spool.seek(entry.position + entry.sizes[0])
@@ -212,69 +239,53 @@ class _Screening:
                 self._silence(entry)
 
 
-def take_screened(
+def screened(
     rule: SignAgreementFilter | None,
     layout: Layout,
-    intake: Intake,
-    observer: RoundObserver,
-    replies: Iterable[Message],
-    read: Callable[[Reply], tuple[float, bytes, Update]],
-    add: Callable[[Reply, Update, float], None],
-) -> None:
-    """Take a round's training replies by way of an `Intake`, and of a rule where there is one.
+    candidates: Iterator[tuple[Reply, Candidate]],
+    tell: Callable[[SignAgreementFilter, list[Similarity]], None],
+) -> Iterator[tuple[Reply, Candidate]]:
+    """Hand a round's replies on by way of a rule, where there is one.
 
     Parameters
     ----------
     rule : SignAgreementFilter, optional
     layout : Layout
-    intake : Intake
-    observer : RoundObserver
-        Is told of the similarities where it is a `SimilarityObserver`.
-    replies : iterable of flwr.app.Message
-    read : callable
-        Checks a reply; gives its weight, its Update's bytes, and what they decode to.
-    add : callable
-        Merges an update with a weight, and accepts the reply. With a rule that sets replies aside
-        it is called when all have come, with a message that has metrics and no arrays. A
-        CompeftError sets the reply aside.
+    candidates : iterator of (Reply, Candidate)
+    tell : callable
+        Is told of the similarities.
+
+    Returns
+    -------
+    iterator of (Reply, Candidate)
+        Without a rule, or with a dry run of it, as they come. Else when all have come, with a
+        message that has metrics and no arrays; those that are set aside have the reason.
     """
     if rule is None:
-
-        def merge(reply: Reply, value: tuple[float, bytes, Update]) -> None:
-            weight, _, update = value
-            add(reply, update, weight)
-
-        intake.take(replies, read, merge)
+        yield from candidates
         return
     with _Screening(rule, layout) as screening:
-
-        def keep(reply: Reply, value: tuple[float, bytes, Update]) -> None:
-            weight, blob, update = value
-            screening.add(reply, blob, update, weight)
-            if rule.dry_run:
-                add(reply, update, weight)
-
-        intake.take(replies, read, keep)
-        similarities = screening.judge()
-        _tell(rule, intake.server_round, similarities, observer)
-        if rule.dry_run:
-            return
-        for reply, update, weight, reason in screening.replies():
+        for reply, candidate in candidates:
+            reason = None
             try:
-                if reason is not None:
-                    raise CompeftError(reason)
-                add(reply, update, weight)
+                screening.add(reply, candidate)
             except CompeftError as error:
-                intake.set_aside(reply.node_id, reply.num_bytes, str(error))
+                reason = str(error)
+            if rule.dry_run or reason is not None:
+                yield reply, candidate._replace(reason=reason)
+            del reply, candidate  # before the next one is pulled
+        tell(rule, screening.judge())
+        if not rule.dry_run:
+            yield from screening.replies()
 
 
-def _tell(
+def tell_similarities(
     rule: SignAgreementFilter,
     server_round: int,
     similarities: list[Similarity],
-    observer: RoundObserver,
+    observer: object,
 ) -> None:
-    """One line in the log, and the observer's share."""
+    """One line in the log, and the observer's share where it is a `SimilarityObserver`."""
     if not similarities:
         return
     cosines = [each.cosine for each in similarities]

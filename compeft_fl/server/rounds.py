@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import random
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,11 +17,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from compeft_fl.client.node_memory import forget_federation
 from compeft_fl.exchange.records import LOGGER
-from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
+from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.streaming_grid import StreamingGrid
 
-__all__ = ["Checkpointing", "Remembering", "run_rounds"]
+__all__ = ["Checkpointing", "Remembering", "log_result", "run_rounds"]
 
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
 _P = ParamSpec("_P")
@@ -73,10 +75,11 @@ def _in_its_folder(run: Callable[_P, Result]) -> Callable[_P, Result]:
 
 @_in_its_folder
 def run_rounds(
-    strategy: Strategy, memory: Remembering, broadcaster: Broadcaster,
+    strategy: Strategy, memory: Remembering, outcomes: Outcomes,
     grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600,
     train_config: ConfigRecord | None = None, evaluate_config: ConfigRecord | None = None,
     evaluate_fn: EvaluateFunction | None = None, *, checkpointing: Checkpointing | None = None,
+    keep_replies: bool = False,
 ) -> Result:  # fmt: skip
     """Run a federation as `flwr.serverapp.strategy.Strategy.start` does, in a streaming grid.
 
@@ -89,10 +92,12 @@ def run_rounds(
         Its own steps of a round are called.
     memory : Remembering
         The strategy's state.
-    broadcaster : Broadcaster
+    outcomes : Outcomes
     grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         As Flower's.
     checkpointing : Checkpointing, optional
+    keep_replies : bool
+        May the strategy look at replies that have been merged? See `Replies`.
 
     Returns
     -------
@@ -100,13 +105,18 @@ def run_rounds(
 
     Raises
     ------
+    NoUsableReplyError
+        At the end, where no reply of any round was of use.
     LayoutError, NonFiniteError
         Initial arrays that are no adapter's.
     StateError
         Checkpoints that are for another adapter, or none of which is whole; a folder that is
         another federation's, or in which another server works.
     """
+    started = time.time()
     grid = StreamingGrid.around(grid)
+    outcomes.begin()
+    broadcaster = outcomes.broadcaster
     train_config, evaluate_config = (
         train_config or ConfigRecord(),
         evaluate_config or ConfigRecord(),
@@ -117,7 +127,7 @@ def run_rounds(
     if kept.resume and kept.folder is not None:
         begun = kept.folder.load()
     if begun is not None:
-        arrays = _restore(begun, kept, memory, broadcaster, result, initial_arrays)
+        arrays = _restore(begun, kept, memory, outcomes, result, initial_arrays)
         first_round = begun.server_round + 1
     else:
         broadcaster.base(arrays)  # errors now, and not after waiting for nodes
@@ -127,8 +137,8 @@ def run_rounds(
     if begun is not None:
         LOGGER.info("Going on after round %d, from %s", begun.server_round, begun.path)
         _finish_round(
-            strategy, broadcaster, grid, result, begun.server_round, arrays, evaluate_config,
-            timeout, evaluate_fn,
+            strategy, outcomes, grid, result, begun.server_round, arrays, evaluate_config,
+            timeout, evaluate_fn, keep_replies,
         )  # fmt: skip
     elif evaluate_fn:
         _note(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays), "initial evaluation")
@@ -136,37 +146,53 @@ def run_rounds(
     for server_round in range(first_round, num_rounds + 1):
         LOGGER.info("")
         LOGGER.info("[ROUND %s/%s]", server_round, num_rounds)
-        messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        broadcaster.transfers.pushed(messages, replies.lost)
+        messages = strategy.configure_train(server_round, arrays, train_config, grid)
+        replies = outcomes.send(
+            grid, "train", server_round, messages, timeout, keep=keep_replies
+        )  # fmt: skip
         del messages
         merged, metrics = strategy.aggregate_train(server_round, replies)
+        outcomes.close()
         if merged is not None:
             result.arrays = arrays = merged
         _note(result.train_metrics_clientapp, server_round, metrics, "aggregated metrics")
         if kept.folder is not None:
             broadcaster.base(arrays)
-            kept.folder.save(_checkpoint(server_round, arrays, memory, broadcaster, result, kept))
+            kept.folder.save(_checkpoint(server_round, arrays, memory, outcomes, result, kept))
         _finish_round(
-            strategy, broadcaster, grid, result, server_round, arrays, evaluate_config, timeout,
-            evaluate_fn,
+            strategy, outcomes, grid, result, server_round, arrays, evaluate_config, timeout,
+            evaluate_fn, keep_replies,
         )  # fmt: skip
     if kept.folder is None:  # else more rounds can go on from where this run ends
         forget_federation(broadcaster.federation)
+    log_result(result, time.time() - started)
+    outcomes.check(result)
     return result
 
 
+def log_result(result: Result, seconds: float) -> None:
+    """The closing lines of `flwr.serverapp.strategy.Strategy.start`."""
+    LOGGER.info("")
+    LOGGER.info("Strategy execution finished in %.2fs", seconds)
+    LOGGER.info("")
+    LOGGER.info("Final results:")
+    LOGGER.info("")
+    for line in io.StringIO(str(result)):
+        LOGGER.info("\t%s", line.strip("\n"))
+    LOGGER.info("")
+
+
 def _finish_round(
-    strategy: Strategy, broadcaster: Broadcaster, grid: StreamingGrid, result: Result,
+    strategy: Strategy, outcomes: Outcomes, grid: StreamingGrid, result: Result,
     server_round: int, arrays: ArrayRecord, config: ConfigRecord, timeout: float,
-    evaluate_fn: EvaluateFunction | None,
+    evaluate_fn: EvaluateFunction | None, keep_replies: bool,
 ) -> None:  # fmt: skip
     """Evaluation, by the nodes and by the server."""
-    messages = list(strategy.configure_evaluate(server_round, arrays, config, grid))
-    replies = grid.send_and_receive(messages, timeout=timeout)
-    broadcaster.transfers.pushed(messages, replies.lost)
+    messages = strategy.configure_evaluate(server_round, arrays, config, grid)
+    replies = outcomes.send(grid, "evaluate", server_round, messages, timeout, keep=keep_replies)
     del messages
     metrics = strategy.aggregate_evaluate(server_round, replies)
+    outcomes.close()
     _note(result.evaluate_metrics_clientapp, server_round, metrics, "aggregated metrics")
     if evaluate_fn:
         metrics = evaluate_fn(server_round, arrays)
@@ -182,14 +208,14 @@ def _note(
 
 
 def _checkpoint(
-    server_round: int, arrays: ArrayRecord, memory: Remembering, broadcaster: Broadcaster,
+    server_round: int, arrays: ArrayRecord, memory: Remembering, outcomes: Outcomes,
     result: Result, kept: Checkpointing,
 ) -> Checkpoint:  # fmt: skip
     histories = {name: getattr(result, name) for name in _HISTORIES}
     return Checkpoint(
         server_round=server_round,
         arrays=arrays,
-        exchange=broadcaster.state(),
+        exchange=outcomes.broadcaster.state(),
         strategy=memory.state(),
         history={
             name: {str(each): dict(metrics) for each, metrics in history.items()}
@@ -201,11 +227,11 @@ def _checkpoint(
 
 
 def _restore(
-    begun: Checkpoint, kept: Checkpointing, memory: Remembering, broadcaster: Broadcaster,
+    begun: Checkpoint, kept: Checkpointing, memory: Remembering, outcomes: Outcomes,
     result: Result, initial_arrays: ArrayRecord,
 ) -> ArrayRecord:  # fmt: skip
     begun.check_like(initial_arrays)
-    broadcaster.restore(begun.arrays, begun.exchange)
+    outcomes.broadcaster.restore(begun.arrays, begun.exchange)
     memory.restore(begun.strategy)
     for name in _HISTORIES:
         history = getattr(result, name)

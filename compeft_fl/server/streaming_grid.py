@@ -53,14 +53,13 @@ class StreamingGrid(Grid):
         """
         messages = list(messages)
         message_ids = list(self._grid.push_messages(messages))
-        nodes = [message.metadata.dst_node_id for message in messages]
-        if len(message_ids) == len(nodes):
-            sent = dict(zip(message_ids, nodes, strict=True))
+        if len(message_ids) == len(messages):
+            sent = dict(zip(message_ids, messages, strict=True))
         else:  # a grid that leaves out what it could not push
-            by_id = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
-            sent = {message_id: by_id.get(message_id, 0) for message_id in message_ids}
-        sent = {message_id: node for message_id, node in sent.items() if message_id}
-        lost = sorted(set(nodes) - set(sent.values()))
+            by_id = {message.metadata.message_id: message for message in messages}
+            sent = {each: by_id[each] for each in message_ids if each in by_id}
+        sent = {message_id: message for message_id, message in sent.items() if message_id}
+        lost = sorted(_nodes(messages) - _nodes(sent.values()))
         if lost:
             LOGGER.warning("the message to %s could not be sent", name_nodes(lost))
         return ReplyStream(self._grid, sent, timeout, lost)
@@ -113,8 +112,8 @@ class ReplyStream(Iterator[Message]):
     Parameters
     ----------
     grid : flwr.serverapp.Grid
-    sent : dict of str to int
-        The messages' ids, and the nodes that they went to.
+    sent : dict of str to flwr.app.Message
+        The messages, by their ids.
     timeout : float or None
         Seconds from now.
     lost : sequence of int
@@ -130,9 +129,9 @@ class ReplyStream(Iterator[Message]):
     """
 
     def __init__(
-        self, grid: Grid, sent: dict[str, int], timeout: float | None, lost: Sequence[int] = ()
+        self, grid: Grid, sent: dict[str, Message], timeout: float | None, lost: Sequence[int] = ()
     ) -> None:
-        self._grid, self._nodes, self._timeout, self.lost = grid, sent, timeout, lost
+        self._grid, self._sent, self._timeout, self.lost = grid, sent, timeout, lost
         self._pending = dict(sent)
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._replies = self._pull_all()
@@ -144,22 +143,26 @@ class ReplyStream(Iterator[Message]):
     @property
     def missing(self) -> list[int]:
         """The nodes that have not answered (yet)."""
-        return sorted(self._pending.values())
+        return sorted(message.metadata.dst_node_id for message in self._pending.values())
 
     def push(self, message: Message) -> bool:
         """Send one more message, whose reply is waited for like the others'; whether it went."""
-        node = message.metadata.dst_node_id
         message_ids = [each for each in self._grid.push_messages([message]) if each]
         for message_id in message_ids:
-            self._nodes[message_id] = self._pending[message_id] = node
+            self._sent[message_id] = self._pending[message_id] = message
         return bool(message_ids)
 
+    def question(self, reply: Message) -> Message | None:
+        """The message that a reply answers, as it was sent."""
+        return self._sent.get(reply.metadata.reply_to_message_id)
+
     def node_id(self, reply: Message) -> int:
-        """The node that a reply is from, by the message that it answers.
+        """The node that a reply is from: the one that was asked.
 
         Replies that Flower makes for a node that is gone carry the server's id as their sender.
         """
-        return self._nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+        asked = self.question(reply)
+        return asked.metadata.dst_node_id if asked else reply.metadata.src_node_id
 
     def _pull_all(self) -> Iterator[Message]:
         pause = _FIRST_PAUSE
@@ -185,13 +188,17 @@ class ReplyStream(Iterator[Message]):
         try:
             replies = list(self._grid.pull_messages([message_id]))
         except _UNREADABLE as error:
-            node = self._pending.pop(message_id)
+            node = self._pending.pop(message_id).metadata.dst_node_id
             LOGGER.debug("the reply of node %d cannot be read", node, exc_info=True)
             self.unreadable.append((node, f"unreadable reply: {type(error).__name__}: {error}"))
             return []
         if replies:
             del self._pending[message_id]
         return replies
+
+
+def _nodes(messages: Iterable[Message]) -> set[int]:
+    return {message.metadata.dst_node_id for message in messages}
 
 
 def name_nodes(node_ids: list[int], most: int = 20) -> str:
