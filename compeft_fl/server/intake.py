@@ -104,7 +104,7 @@ def _check(message: Message, is_second: bool) -> None:
     if is_second:
         raise MalformedError("expected one reply to a message, found a second")
     if message.has_error():
-        reason = f"error reply, code {message.error.code}: {message.error.reason}"
+        reason = one_line(f"error reply, code {message.error.code}: {message.error.reason}")
         raise CompeftError(reason + _hint(reason))
     if not message.has_content():
         raise MalformedError("expected a reply with content, found none")
