@@ -16,12 +16,26 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 
-__all__ = ["SCALE_RULES", "check_density", "check_scale", "compress", "keep_top_k"]
+__all__ = [
+    "SCALE_RULES",
+    "SUPPORTS",
+    "check_density",
+    "check_scale",
+    "check_support",
+    "compress",
+    "keep_top_k",
+]
 
 SCALE_RULES = ("norm", "mean")
+SUPPORTS = ("fixed", "best")
 
 
-def compress(tau: TaskVector, density: float = 0.05, scale: str | float = "norm") -> TernaryVector:
+def compress(
+    tau: TaskVector,
+    density: float = 0.05,
+    scale: str | float = "norm",
+    support: str = "fixed",
+) -> TernaryVector:
     """Compress a task vector to a sparse ternary one (Algorithm 1).
 
     Parameters
@@ -35,6 +49,13 @@ def compress(tau: TaskVector, density: float = 0.05, scale: str | float = "norm"
         over all d entries (section 3.2, step 3). "norm": ||tau|| / sqrt(k), which needs no tuning.
         "mean": the mean magnitude of the kept. (A scale that is validated on data:
         `compeft_fl.tuning.tune`.)
+    support : "fixed" or "best"
+        "fixed": exactly those k, as the paper has it. "best": the density is a bound and not a
+        quota; of the largest k' <= k those that keep most energy, (sum of their magnitudes)^2 / k',
+        which is the greatest cosine to ``tau`` that signs and one scale can have. Where few entries
+        are large and the rest is noise, "fixed" sends the noise at full scale. One vector on its
+        own is compressed as the paper says by default; a federation, whose errors come back with
+        each round, takes "best".
 
     Returns
     -------
@@ -44,7 +65,7 @@ def compress(tau: TaskVector, density: float = 0.05, scale: str | float = "norm"
     Raises
     ------
     ParameterError
-        A density or a scale out of its range.
+        A density or a scale out of its range, or an unknown support.
     NonFiniteError
         NaN or Inf in ``tau``; the message names the tensor.
 
@@ -53,9 +74,12 @@ def compress(tau: TaskVector, density: float = 0.05, scale: str | float = "norm"
     >>> tau = TaskVector.from_dict({"w": np.array([3, -1, 0.5, -5], "f4")})
     >>> compress(tau, density=0.5, scale="mean").to_task_vector().values
     array([ 4.,  0.,  0., -4.], dtype=float32)
+    >>> tau = TaskVector.from_dict({"w": np.array([3, 1e-8, 0, -5], "f4")})
+    >>> compress(tau, density=0.75, scale="mean", support="best").to_task_vector().values
+    array([ 4.,  0.,  0., -4.], dtype=float32)
     """
     check_scale(scale)
-    kept = keep_top_k(tau, density)
+    kept = keep_top_k(tau, density, support)
     return kept.with_scales(scale_of(tau, kept, scale))
 
 
@@ -76,7 +100,13 @@ def check_scale(scale: str | float) -> None:
         raise ParameterError(f"expected a finite scale > 0, found {scale!r}")
 
 
-def keep_top_k(tau: TaskVector, density: float) -> TernaryVector:
+def check_support(support: str) -> None:
+    """Raise ParameterError unless ``support`` is "fixed" or "best"."""
+    if support not in SUPPORTS:
+        raise ParameterError(f'expected support "fixed" or "best", found {support!r}')
+
+
+def keep_top_k(tau: TaskVector, density: float, support: str = "fixed") -> TernaryVector:
     """Steps 1 and 2 of Algorithm 1: the signs of the largest magnitudes, with scale 1.
 
     Raises
@@ -85,13 +115,16 @@ def keep_top_k(tau: TaskVector, density: float) -> TernaryVector:
         As `compress`.
     """
     check_density(density)
+    check_support(support)
     if tau.num_parameters == 0:
         raise ParameterError("expected a task vector with parameters, found none")
     k = max(1, int(density * tau.num_parameters))
-    masks = _kernels(tau).select_top_k(tau.values, k)
+    selection = _selection(tau)
+    select = selection.select_best if support == "best" else selection.select_top_k
+    masks = select(tau.values, k)
     if masks is None:
         tau.check_finite()
-        raise AssertionError("select_top_k found a value that is not finite; check_finite did not")
+        raise AssertionError("the kernel found a value that is not finite; check_finite did not")
     return TernaryVector(tau.layout, masks[0], masks[1], 1.0)
 
 
@@ -133,4 +166,14 @@ def _kernels(tau: TaskVector) -> Any:
         from compeft_fl.kernels import torch_ops as module
     else:
         from compeft_fl.kernels import cpu as module
+    return module
+
+
+def _selection(tau: TaskVector) -> Any:
+    """The kernels that find the largest magnitudes, likewise."""
+    module: ModuleType
+    if is_torch(tau.values):
+        from compeft_fl.kernels import torch_ops as module
+    else:
+        from compeft_fl.kernels import cpu_select as module
     return module

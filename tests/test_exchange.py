@@ -251,7 +251,7 @@ def test_an_update_that_was_set_aside_is_sent_again_later():
         taus.append(TaskVector.between(state, new).values)
         return new
 
-    app = tiny.client_app(CompressionMod(density=0.2), train=train)
+    app = tiny.client_app(CompressionMod(density=0.2, residual_decay=1.0), train=train)
     strategy = ComPEFTAverage(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
     grid = LocalGrid(app, 1, fault=fault)
     result = start(strategy, grid, 3)

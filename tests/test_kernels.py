@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import compeft_fl as cf
-from compeft_fl.kernels import cpu, cpu_golomb, torch_ops
+from compeft_fl.kernels import cpu, cpu_golomb, cpu_select, torch_ops
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -26,7 +26,7 @@ def both(device, kind, d, density):
     """One update made by the CPU's kernels, and one made by torch on a device."""
     values = KINDS[kind](np.random.default_rng(d), d).astype(np.float32)
     k = max(1, int(density * d))
-    on_cpu = cpu.select_top_k(values, k)
+    on_cpu = cpu_select.select_top_k(values, k)
     on_device = torch_ops.select_top_k(torch.from_numpy(values).to(device), k)
     return values, on_cpu, on_device
 
@@ -92,7 +92,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     results = []
     for cores in (1, 2, 5):
         monkeypatch.setattr(cpu, "num_cores", lambda cores=cores: cores)
-        masks = cpu.select_top_k(values, d // 20)
+        masks = cpu_select.select_top_k(values, d // 20)
         plan = cpu_golomb.plan_blocks(*masks, d)
         assert plan.nonzeros.size > 1000
         streams = cpu_golomb.write_streams(*masks, plan)

@@ -37,7 +37,9 @@ def compression(
     mod = CompressionMod(
         density=config.density,
         scale=config.scale,
+        support=config.support,
         error_feedback=config.error_feedback,
+        residual_decay=config.residual_decay,
         codec=config.codec,
         link_mbps=config.link_mbps,
         initial_adapter=_initial_adapter,

@@ -22,7 +22,9 @@ from typing import Any, Final, Self, TypeAlias, cast
 
 from compeft_fl import codecs
 from compeft_fl.codecs.auto import AUTO
+from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
+from compeft_fl.exchange.uplink import RESIDUAL_DECAY
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
 
@@ -184,13 +186,23 @@ class AppConfig:
     tie: str = _key(
         "zero", "ties: what a tied sign becomes", choices=("zero", "positive", "majority")
     )
-    density: float = _key(0.1, "part of the parameters that an update keeps", above=0, high=1)
+    density: float = _key(
+        0.1, "greatest part of the parameters that an update keeps", above=0, high=1
+    )
     scale: str | float = _key(
         "mean",
         "size of what is kept: mean, norm, or a number alpha, in units of sigma",
         kind="rule or number",
     )
+    support: str = _key(
+        "best",
+        "which of the largest are kept: those that keep most energy, or exactly the density's",
+        choices=SUPPORTS,
+    )
     error_feedback: bool = _key(True, "keep on the node what was not sent, and send it later")
+    residual_decay: float = _key(
+        RESIDUAL_DECAY, "part of what was not sent that the next round adds; 1: all", low=0, high=1
+    )
     codec: str = _key(
         "golomb",
         "codec of the uplink; auto: whichever arrives first over a link of link-mbps",
@@ -211,10 +223,13 @@ class AppConfig:
         choices=(*(name for name in codecs.names() if not name.startswith("dense")), AUTO),
     )
     downlink_density: float = _key(
-        0.2, "part of the parameters that a change on the way down keeps", above=0, high=1
+        0.2, "greatest part of the parameters that a change on the way down keeps", above=0, high=1
     )
     downlink_scale: str | float = _key(
         "mean", "size of what is kept on the way down, as scale", kind="rule or number"
+    )
+    downlink_support: str = _key(
+        "best", "which are kept on the way down, as support", choices=SUPPORTS
     )
 
     rounds: int = _key(10, "rounds", low=0)

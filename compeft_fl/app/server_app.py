@@ -122,6 +122,7 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
         link_mbps=config.link_mbps,
         density=config.downlink_density,
         scale=config.downlink_scale,
+        support=config.downlink_support,
         first_contact="seed" if config.downlink == "compressed" else "snapshot",
     )
     if config.strategy.startswith(COMPRESSED_PREFIX):

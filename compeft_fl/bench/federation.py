@@ -19,7 +19,7 @@ from compeft_fl import codecs, merging
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, Replica
-from compeft_fl.exchange.uplink import ErrorFeedback
+from compeft_fl.exchange.uplink import RESIDUAL_DECAY, ErrorFeedback
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode
@@ -49,6 +49,10 @@ class Setting:
     strategy : "average", "ties" or "task-arithmetic"
     scaling : float
         Lambda of ties and task-arithmetic.
+    support : "best" or "fixed"
+        Of the ternary codecs, both ways: see `compeft_fl.compress`.
+    decay : float
+        Of the residuals on the nodes: see `compeft_fl.exchange.uplink.ErrorFeedback`.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Setting:
     down_density: float = 1.0
     strategy: str = "average"
     scaling: float = 0.4
+    support: str = "best"
+    decay: float = RESIDUAL_DECAY
 
 
 @dataclass
@@ -109,14 +115,18 @@ class _OwnUplink:
     def __init__(self, setting: Setting) -> None:
         self._codec = setting.up
         self._dense = isinstance(codecs.get(setting.up), Dense)
-        self._density = setting.density
+        self._setting = setting
         self._nodes: dict[int, ErrorFeedback] = {}
 
     def send(self, node: int, tau: TaskVector, version: int) -> tuple[bytes, Update]:
         update: Update = tau
         if not self._dense:
-            feedback = self._nodes.setdefault(node, ErrorFeedback(self._density, "mean"))
-            update = feedback.compress(tau)
+            if node not in self._nodes:
+                of = self._setting
+                self._nodes[node] = ErrorFeedback(
+                    of.density, "mean", support=of.support, decay=of.decay
+                )
+            update = self._nodes[node].compress(tau)
         blob = encode(update, self._codec, layout_by_id=True, base_version=version)
         return blob, decode(blob, layout=tau.layout, base_version=version)
 
@@ -126,7 +136,11 @@ class _OwnDown:
 
     def __init__(self, setting: Setting, adapter: TaskVector) -> None:
         self._downlink = Downlink(
-            adapter, density=setting.down_density, scale="mean", codec=setting.down
+            adapter,
+            density=setting.down_density,
+            scale="mean",
+            codec=setting.down,
+            support=setting.support,
         )
         self._replica = Replica(adapter.layout, self._downlink.shared.copy(), 0)
         self.dense = isinstance(codecs.get(setting.down), Dense)

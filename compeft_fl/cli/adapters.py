@@ -36,11 +36,12 @@ def compress(options: argparse.Namespace) -> int:
     dense = options.codec.startswith("dense")
     density = 0.05 if options.density is None else options.density
     scale = "norm" if options.scale is None else options.scale
+    support = options.support or "fixed"
     check_density(density)
     check_scale(scale)
-    if dense and (options.density is not None or options.scale is not None):
+    if dense and any(x is not None for x in (options.density, options.scale, options.support)):
         raise ParameterError(
-            f"codec {options.codec} keeps all parameters: no --density, no --scale"
+            f"codec {options.codec} keeps all parameters: no --density, no --scale, no --support"
         )
     if options.output.is_dir():
         raise AdapterError(f"{options.output}: expected a file to write to, found a folder")
@@ -48,7 +49,7 @@ def compress(options: argparse.Namespace) -> int:
     init = adapters.load_folder(options.init) if options.init else None
     tau, start = adapters.task_vector(adapter, init)
     tau.check_finite()
-    update = tau if dense else compress_vector(tau, density=density, scale=scale)
+    update = tau if dense else compress_vector(tau, density, scale, support)
     files.write_update(options.output, update, adapter.config, start.tag, options.codec)
     written = files.read_update(options.output, max_parameters=update.num_parameters)
     _print_summary([options.output], [written])

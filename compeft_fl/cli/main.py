@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn
 import compeft_fl
 from compeft_fl import codecs
 from compeft_fl.cli import adapters, bench, deploy, run
+from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import CompeftError
 from compeft_fl.merging.accumulators import TIE_RULES
 from compeft_fl.printable import one_line, printable
@@ -157,6 +158,12 @@ examples:
         "--scale",
         type=_number_or_name,
         help='the size of what is kept: "norm" (default), "mean", or a number (of sigmas)',
+    )
+    parser.add_argument(
+        "--support",
+        choices=SUPPORTS,
+        help='which of the largest are kept: "fixed" (default), exactly the density, as ComPEFT '
+        'has it; or "best", of those the ones that keep most energy',
     )
     parser.add_argument(
         "--codec",

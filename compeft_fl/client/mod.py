@@ -25,7 +25,7 @@ from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
-from compeft_fl.compeft import check_density, check_scale, compress
+from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
 from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
@@ -42,7 +42,7 @@ from compeft_fl.exchange.records import (
     unflatten,
     update_record,
 )
-from compeft_fl.exchange.uplink import ErrorFeedback
+from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import decode, encode, inspect
 
@@ -78,11 +78,17 @@ class CompressionMod:
     Parameters
     ----------
     density : float
-        In (0, 1]: the share of parameters that is sent.
+        In (0, 1]: the greatest share of parameters that is sent.
     scale : "mean", "norm" or float
         The scale rule, see `compeft_fl.compress`.
+    support : "best" or "fixed"
+        "best": the density is a bound; of the largest, those are sent that keep most energy.
+        "fixed": always as many as the density says. See `compeft_fl.compress`.
     error_feedback : bool
         Keep what was not sent, the residual, and add it to the next task vector.
+    residual_decay : float
+        In [0, 1]: the part of the residual that is added; 1: all of it. Why 0.9 by default, and
+        when a run is at risk: `compeft_fl.exchange.uplink.ErrorFeedback`.
     codec : str
         A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
         no density, no scale, no residual. Or "auto": for each update the one that arrives first.
@@ -118,7 +124,9 @@ class CompressionMod:
         *,
         density: float = 0.1,
         scale: str | float = "mean",
+        support: str = "best",
         error_feedback: bool = True,
+        residual_decay: float = RESIDUAL_DECAY,
         codec: str = "golomb",
         link_mbps: float | None = None,
         initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
@@ -126,12 +134,15 @@ class CompressionMod:
     ) -> None:
         check_density(density)
         check_scale(scale)
+        check_support(support)
+        check_decay(residual_decay)
         if not isinstance(error_feedback, bool):
             raise ParameterError(f"expected error_feedback True or False, found {error_feedback!r}")
         self.density, self.scale, self.error_feedback = density, scale, error_feedback
         auto.check(codec, link_mbps)
         self.codec, self.link_mbps = codec, link_mbps
         self._sends_dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
+        self.support, self.residual_decay = support, residual_decay
         self._initial_adapter = initial_adapter
         self._state_dir = state_dir
 
@@ -227,12 +238,19 @@ class CompressionMod:
             fits = state.layout in {None, tau.layout}
             if not fits:
                 LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
-            feedback = ErrorFeedback(self.density, self.scale, state.residual if fits else None)
+            feedback = ErrorFeedback(
+                self.density,
+                self.scale,
+                state.residual if fits else None,
+                support=self.support,
+                decay=self.residual_decay,
+            )
             update = feedback.compress(tau)
             blob = self._encode(update, version)
             residual = feedback.residual
+            _log_pressure(feedback)
         else:
-            update = compress(tau, self.density, self.scale)
+            update = compress(tau, self.density, self.scale, self.support)
             blob = self._encode(update, version)
         reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
         LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
@@ -264,6 +282,20 @@ class _Watch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._started
+
+
+def _log_pressure(feedback: ErrorFeedback) -> None:
+    """Say how much waits on this node, in updates; warn where it piles up."""
+    if feedback.pressure < AT_RISK:
+        LOGGER.debug("CompressionMod: the residual is %.3g times the update", feedback.pressure)
+    else:
+        LOGGER.warning(
+            "CompressionMod: the residual is %.3g times the update: if that grows, raise the "
+            "density (%g) or lower residual_decay (%g) or the learning rate",
+            feedback.pressure,
+            feedback.density,
+            feedback.decay,
+        )
 
 
 def _trains(msg: Message) -> bool:

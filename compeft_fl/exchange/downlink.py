@@ -13,6 +13,7 @@ updates); Tang et al., "DoubleSqueeze", https://arxiv.org/abs/1905.05957.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.compeft import check_density, check_scale, compress
+from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import LayoutMismatchError, ParameterError, VersionError, WireError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
 from compeft_fl.wire.opening import open_update
 
-__all__ = ["DIGEST_BYTES", "Downlink", "Replica", "Shipment", "digest_of"]
+__all__ = ["DIGEST_BYTES", "Downlink", "Replica", "Shipment", "digest_of", "distance"]
 
 DIGEST_BYTES = 16
 MAX_DELTAS = 1024  # in a shipment: each costs the node a pass over its adapter
@@ -67,7 +68,7 @@ class Downlink:
     ----------
     adapter : TaskVector
         The adapter that the federation starts from: version 0, on the CPU.
-    density, scale, codec
+    density, scale, codec, support
         Of the deltas, see `compeft_fl.compress` and `compeft_fl.encode`. A dense codec sends the
         whole adapter in each version.
     link_mbps
@@ -97,6 +98,7 @@ class Downlink:
         scale: str | float = "mean",
         codec: str = "golomb",
         link_mbps: float | None = None,
+        support: str = "best",
     ) -> None:
         from compeft_fl import codecs
         from compeft_fl.codecs import auto
@@ -104,9 +106,11 @@ class Downlink:
 
         check_density(density)
         check_scale(scale)
+        check_support(support)
         adapter.check_finite()
         auto.check(codec, link_mbps)
         self.density, self.scale, self.codec, self.link_mbps = density, scale, codec, link_mbps
+        self.support = support
         self._dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.layout = adapter.layout
         self.version = 0
@@ -143,7 +147,7 @@ class Downlink:
             self._log.clear()
         else:
             difference = TaskVector(self.layout, _difference(target, self.shared))
-            delta = compress(difference, self.density, self.scale)
+            delta = compress(difference, self.density, self.scale, self.support)
             if not delta.num_nonzeros or not delta.scales[0]:
                 return
             blob = encode(
@@ -281,6 +285,13 @@ def _difference(target: NDArray[np.float32], shared: NDArray[np.float32]) -> NDA
     largest = np.finfo(np.float32).max
     # An infinite difference of finite values is one that float32 cannot hold.
     return np.clip(difference, -largest, largest, out=difference)
+
+
+def distance(one: TaskVector, other: TaskVector) -> float:
+    """The Euclidean distance of two adapters."""
+    from compeft_fl.kernels import cpu
+
+    return math.sqrt(cpu.sum_squares(_difference(_host(one), _host(other))))
 
 
 def _add(values: NDArray[np.float32], delta: TernaryVector) -> None:

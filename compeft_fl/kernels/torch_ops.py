@@ -1,4 +1,4 @@
-"""The kernels of `cpu` and `cpu_golomb` in torch operations, for vectors on any other device.
+"""The kernels of `cpu`, `cpu_select` and `cpu_golomb` in torch operations, for any other device.
 
 Every function gives the bytes that the CPU's gives, bit for bit: positions and bits are integers,
 and sums are formed in the order that `llvm` defines. Masks are uint8 tensors with the bytes of the
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from compeft_fl.kernels.support import NUM_BUCKETS, REST_BITS, best_threshold
 
 if TYPE_CHECKING:
     from compeft_fl.kernels.cpu_golomb import Plan, Streams
@@ -65,11 +67,11 @@ def to_dense(
     return torch.where(positive, each, torch.where(negative, -each, zero))
 
 
-# --- top-k and sums -----------------------------------------------------------------------------
+# --- top-k, the best support, and sums ------------------------------------------------------------
 
 
 def select_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """See `cpu.select_top_k`."""
+    """See `cpu_select.select_top_k`."""
     if not bool(torch.isfinite(values).all()):
         return None
     d = values.numel()
@@ -80,6 +82,30 @@ def select_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     equal = (magnitudes == threshold).nonzero().view(-1)[:ties]
     kept[equal] = True
     return pack(kept & (values > 0)), pack(kept & (values < 0))
+
+
+def select_best(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """See `cpu_select.select_best`."""
+    masks = select_top_k(values, k)
+    if masks is None:
+        return None
+    kept = unpack(masks[0] | masks[1], values.numel())
+    magnitudes = values.contiguous().view(torch.int32) & 0x7FFFFFFF
+    listed = magnitudes[kept]
+    buckets = (listed >> REST_BITS).long()
+    counts = _segment_sums(torch.ones_like(buckets), buckets, NUM_BUCKETS)
+    rests = _segment_sums((listed & ((1 << REST_BITS) - 1)).long(), buckets, NUM_BUCKETS)
+
+    def members(wanted: NDArray[np.bool_]) -> NDArray[np.uint32]:
+        chosen = torch.from_numpy(wanted).to(values.device)[buckets]
+        found: NDArray[np.uint32] = listed[chosen].cpu().numpy().view(np.uint32)
+        return found
+
+    threshold = best_threshold(counts.cpu().numpy(), rests.cpu().numpy(), members)
+    if not threshold:
+        return masks
+    enough = pack(magnitudes >= threshold)
+    return masks[0] & enough, masks[1] & enough
 
 
 def _fixed_order_sum(values: Tensor, term: Any) -> float:

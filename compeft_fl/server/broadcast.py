@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, ParameterError
-from compeft_fl.exchange.downlink import Downlink, Shipment
+from compeft_fl.exchange.downlink import Downlink, Shipment, distance
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
 from compeft_fl.exchange.records import (
@@ -33,6 +33,7 @@ from compeft_fl.exchange.records import (
     to_state,
     update_record,
 )
+from compeft_fl.exchange.uplink import AT_RISK
 from compeft_fl.server.nodes import NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
@@ -59,9 +60,11 @@ class DownlinkOptions:
     link_mbps : float, optional
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     density : float
-        In (0, 1]: the share of parameters of a delta.
+        In (0, 1]: the greatest share of parameters of a delta.
     scale : "mean", "norm" or float
         The deltas' scale rule, see `compeft_fl.compress`.
+    support : "best" or "fixed"
+        Which of the largest a delta keeps, see `compeft_fl.compress`.
     first_contact : {"snapshot", "seed"}
         What a node gets of which nothing is known: a lossless snapshot, or nothing but later
         deltas, because it makes the same start by itself (``initial_adapter`` of the mod). A node
@@ -78,6 +81,7 @@ class DownlinkOptions:
     scale: str | float = "mean"
     first_contact: str = "snapshot"
     link_mbps: float | None = None
+    support: str = "best"
 
     def __post_init__(self) -> None:
         if self.first_contact not in FIRST_CONTACTS:
@@ -85,6 +89,26 @@ class DownlinkOptions:
                 f"expected first_contact among {', '.join(FIRST_CONTACTS)}; "
                 f"found {self.first_contact!r}"
             )
+
+
+def _log_lag(downlink: Downlink, base: Base, before: Base | None) -> None:
+    """Say how much of the global adapter the nodes' copy still lacks, in the last round's changes.
+
+    It settles at a few changes; where it grows from round to round, the way down is too narrow.
+    """
+    change = 0.0 if before is None else distance(base.adapter, before.adapter)
+    if not change:
+        return
+    lag = distance(base.adapter, TaskVector(base.layout, downlink.shared)) / change
+    if lag < AT_RISK:
+        LOGGER.info("\t├──> the nodes' copy of the adapter lags by %.2g times its change", lag)
+    else:
+        LOGGER.warning(
+            "the nodes' copy of the adapter lags by %.3g times its change: if that grows, raise "
+            "the density on the way down (%g), or send the adapter dense",
+            lag,
+            downlink.density,
+        )
 
 
 class Base:
@@ -188,9 +212,11 @@ class Broadcaster:
                     scale=options.scale,
                     codec=options.codec,
                     link_mbps=options.link_mbps,
+                    support=options.support,
                 )
             else:
                 self._downlink.advance(base.adapter)
+                _log_lag(self._downlink, base, self._base)
             self.transfers.encoded(time.perf_counter() - started)
             base.version = self._downlink.version
             self._base = base
@@ -395,6 +421,7 @@ class Broadcaster:
             scale=options.scale,
             codec=options.codec,
             link_mbps=options.link_mbps,
+            support=options.support,
         )
         self._downlink.restore(state)
         self._base = base
