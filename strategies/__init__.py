@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from compeft_fl.server.broadcast import DownlinkOptions
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
+from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
 from compeft_fl.server.rounds import Checkpointing
 from compeft_fl.server.sign_agreement import SignAgreementFilter

@@ -13,7 +13,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.merging.accumulators import Accumulator
-from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions
+from compeft_fl.server.broadcast import Base, Broadcaster
+from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.intake import Reply, describe, update_of, weight_of
 from compeft_fl.server.metrics import Metrics
 from compeft_fl.server.observer import RoundCounts, RoundObserver

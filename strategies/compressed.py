@@ -12,7 +12,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER, array_records, metric_records
-from compeft_fl.server.broadcast import Base, Broadcaster, DownlinkOptions, conform
+from compeft_fl.server.broadcast import Base, Broadcaster, conform
+from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.inner_state import restore_state, state_of
 from compeft_fl.server.intake import Reply, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, signature

@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, ParameterError
-from compeft_fl.exchange.downlink import Downlink, Shipment, distance
+from compeft_fl.exchange.downlink import Downlink, Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
 from compeft_fl.exchange.records import (
@@ -33,7 +32,7 @@ from compeft_fl.exchange.records import (
     to_state,
     update_record,
 )
-from compeft_fl.exchange.uplink import AT_RISK
+from compeft_fl.server.downlink_options import DownlinkOptions, log_lag
 from compeft_fl.server.nodes import NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
@@ -41,74 +40,10 @@ from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode
 
-__all__ = ["Base", "Broadcaster", "DownlinkOptions", "conform"]
+__all__ = ["Base", "Broadcaster", "conform"]
 
-FIRST_CONTACTS = ("snapshot", "seed")
 _MAX_RESYNCS = 2  # of one node in one round
 _HUGE = 1e9  # no trained adapter has such a value
-
-
-@dataclass(frozen=True)
-class DownlinkOptions:
-    """How the global adapter goes down.
-
-    Parameters
-    ----------
-    codec : str
-        Of the deltas. A dense codec sends the whole adapter in each version; "auto" writes each
-        delta in the codec that arrives first.
-    link_mbps : float, optional
-        The speed of a node's link in Mbit/s, for codec "auto" alone.
-    density : float
-        In (0, 1]: the greatest share of parameters of a delta.
-    scale : "mean", "norm" or float
-        The deltas' scale rule, see `compeft_fl.compress`.
-    support : "best" or "fixed"
-        Which of the largest a delta keeps, see `compeft_fl.compress`.
-    first_contact : {"snapshot", "seed"}
-        What a node gets of which nothing is known: a lossless snapshot, or nothing but later
-        deltas, because it makes the same start by itself (``initial_adapter`` of the mod). A node
-        whose start differs says so, and gets the snapshot.
-
-    Raises
-    ------
-    ParameterError
-        An unknown first contact; the others are checked where they are used.
-    """
-
-    codec: str = "golomb"
-    density: float = 0.2
-    scale: str | float = "mean"
-    first_contact: str = "snapshot"
-    link_mbps: float | None = None
-    support: str = "best"
-
-    def __post_init__(self) -> None:
-        if self.first_contact not in FIRST_CONTACTS:
-            raise ParameterError(
-                f"expected first_contact among {', '.join(FIRST_CONTACTS)}; "
-                f"found {self.first_contact!r}"
-            )
-
-
-def _log_lag(downlink: Downlink, base: Base, before: Base | None) -> None:
-    """Say how much of the global adapter the nodes' copy still lacks, in the last round's changes.
-
-    It settles at a few changes; where it grows from round to round, the way down is too narrow.
-    """
-    change = 0.0 if before is None else distance(base.adapter, before.adapter)
-    if not change:
-        return
-    lag = distance(base.adapter, TaskVector(base.layout, downlink.shared)) / change
-    if lag < AT_RISK:
-        LOGGER.info("\t├──> the nodes' copy of the adapter lags by %.2g times its change", lag)
-    else:
-        LOGGER.warning(
-            "the nodes' copy of the adapter lags by %.3g times its change: if that grows, raise "
-            "the density on the way down (%g), or send the adapter dense",
-            lag,
-            downlink.density,
-        )
 
 
 class Base:
@@ -205,18 +140,10 @@ class Broadcaster:
             base = Base(arrays, 0)
             started = time.perf_counter()
             if self._downlink is None:
-                options = self.options
-                self._downlink = Downlink(
-                    base.adapter,
-                    density=options.density,
-                    scale=options.scale,
-                    codec=options.codec,
-                    link_mbps=options.link_mbps,
-                    support=options.support,
-                )
+                self._downlink = self.options.make(base.adapter)
             else:
                 self._downlink.advance(base.adapter)
-                _log_lag(self._downlink, base, self._base)
+                log_lag(self._downlink, base.adapter, self._base.adapter if self._base else None)
             self.transfers.encoded(time.perf_counter() - started)
             base.version = self._downlink.version
             self._base = base
@@ -414,15 +341,7 @@ class Broadcaster:
             What it says of nodes is not what this version writes.
         """
         base = Base(arrays, int(state["version"]))
-        options = self.options
-        self._downlink = Downlink(
-            base.adapter,
-            density=options.density,
-            scale=options.scale,
-            codec=options.codec,
-            link_mbps=options.link_mbps,
-            support=options.support,
-        )
+        self._downlink = self.options.make(base.adapter)
         self._downlink.restore(state)
         self._base = base
         self.federation = str(state["federation"])

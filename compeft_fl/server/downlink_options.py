@@ -1,0 +1,89 @@
+"""How the global adapter goes down, and how far the nodes' copy of it lags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compeft_fl.errors import ParameterError
+from compeft_fl.exchange.downlink import Downlink, distance
+from compeft_fl.exchange.records import LOGGER
+from compeft_fl.exchange.uplink import AT_RISK
+from compeft_fl.task_vector import TaskVector
+
+__all__ = ["DownlinkOptions", "log_lag"]
+
+FIRST_CONTACTS = ("snapshot", "seed")
+
+
+@dataclass(frozen=True)
+class DownlinkOptions:
+    """How the global adapter goes down.
+
+    Parameters
+    ----------
+    codec : str
+        Of the deltas. A dense codec sends the whole adapter in each version; "auto" writes each
+        delta in the codec that arrives first.
+    link_mbps : float, optional
+        The speed of a node's link in Mbit/s, for codec "auto" alone.
+    density : float
+        In (0, 1]: the greatest share of parameters of a delta.
+    scale : "mean", "norm" or float
+        The deltas' scale rule, see `compeft_fl.compress`.
+    support : "best" or "fixed"
+        Which of the largest a delta keeps, see `compeft_fl.compress`.
+    first_contact : {"snapshot", "seed"}
+        What a node gets of which nothing is known: a lossless snapshot, or nothing but later
+        deltas, because it makes the same start by itself (``initial_adapter`` of the mod). A node
+        whose start differs says so, and gets the snapshot.
+
+    Raises
+    ------
+    ParameterError
+        An unknown first contact; the others are checked where they are used.
+    """
+
+    codec: str = "golomb"
+    density: float = 0.2
+    scale: str | float = "mean"
+    first_contact: str = "snapshot"
+    link_mbps: float | None = None
+    support: str = "best"
+
+    def __post_init__(self) -> None:
+        if self.first_contact not in FIRST_CONTACTS:
+            raise ParameterError(
+                f"expected first_contact among {', '.join(FIRST_CONTACTS)}; "
+                f"found {self.first_contact!r}"
+            )
+
+    def make(self, adapter: TaskVector) -> Downlink:
+        """The way down of a federation that starts from an adapter."""
+        return Downlink(
+            adapter,
+            density=self.density,
+            scale=self.scale,
+            support=self.support,
+            codec=self.codec,
+            link_mbps=self.link_mbps,
+        )
+
+
+def log_lag(downlink: Downlink, adapter: TaskVector, before: TaskVector | None) -> None:
+    """Say how much of the global adapter the nodes' copy still lacks, in the last round's changes.
+
+    It settles at a few changes; where it grows from round to round, the way down is too narrow.
+    """
+    change = 0.0 if before is None else distance(adapter, before)
+    if not change:
+        return
+    lag = distance(adapter, TaskVector(adapter.layout, downlink.shared)) / change
+    if lag < AT_RISK:
+        LOGGER.info("\t├──> the nodes' copy of the adapter lags by %.2g times its change", lag)
+    else:
+        LOGGER.warning(
+            "the nodes' copy of the adapter lags by %.3g times its change: if that grows, raise "
+            "the density on the way down (%g), or send the adapter dense",
+            lag,
+            downlink.density,
+        )
