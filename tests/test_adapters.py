@@ -149,6 +149,12 @@ def write_tensors(**named):
     return write
 
 
+def one_tensor(dtype, size):
+    """A safetensors file, by hand: a data type that numpy does not have."""
+    head = json.dumps({"x": {"dtype": dtype, "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(head).to_bytes(8, "little") + head + bytes(size)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -166,7 +172,9 @@ def write_tensors(**named):
         (cut_weights, "expected safetensors"),
         (write_tensors(), "found no parameters"),
         (write_tensors(x=np.zeros((0, 4), "f4")), "found no parameters"),
-        (write_tensors(x=np.zeros(4, "i8")), "expected F32, F16 or BF16, found I64 in tensor 'x'"),
+        (spoil_weights(one_tensor("F8_E4M3", 4)), "integers or Booleans, found F8_E4M3 in tensor"),
+        (write_tensors(x=np.zeros(0, "f4"), y=np.ones(4, "f4")), "all values of 'x'.*ZeRO-3"),
+        (write_tensors(**{"m.lora_A.weight": np.ones(9, "f4")}), "all values of 'm.lora_A.*FSDP"),
     ],
 )
 def test_a_broken_folder_is_an_error_that_names_it(folders, tmp_path, spoil, message):

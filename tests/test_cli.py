@@ -76,8 +76,27 @@ def fails(capsys, line):
 def table(text):
     """The cells of a printed table, row by row, after its head."""
     lines = [line.split() for line in text.splitlines()]
-    head = next(i for i, line in enumerate(lines) if line and set(line[0]) == {"─"})
-    return [line for line in lines[head + 1 :] if line]
+    heads = [i for i, line in enumerate(lines) if line and set(line[0]) == {"─"}]
+    titles = {i - 1 for i in heads}
+    return [
+        line for i, line in enumerate(lines) if line and i > heads[0] and i not in {*heads, *titles}
+    ]
+
+
+def change_of_weights(folder):
+    """What an adapter does to the base's weights, by PEFT itself, as one vector."""
+    before = adapter_folders.base_model()
+    model = peft.PeftModel.from_pretrained(adapter_folders.base_model(), folder)
+    after = dict(model.merge_and_unload().named_parameters())
+    pairs = [(after[name], weight) for name, weight in before.named_parameters()]
+    return torch.cat([(one - other).detach().double().flatten() for one, other in pairs])
+
+
+def cosine_of_changes(folder, file):
+    """The cosine between what a folder does and what the folder restored from a file does."""
+    assert main(["decompress", str(file), "-o", f"{file}-restored", "--force"]) == 0
+    changes = change_of_weights(folder), change_of_weights(f"{file}-restored")
+    return float(torch.cosine_similarity(*changes, dim=0))
 
 
 # --- compress and decompress ------------------------------------------------------------------
@@ -137,7 +156,7 @@ def test_an_embedded_model_keeps_its_outputs(place, capsys):
     run(capsys, "compress minilm/trained --init minilm/untrained -o m.compeft --density 0.5")
     run(capsys, "decompress m.compeft --init minilm/untrained -o restored")
     out, _ = run(capsys, "inspect m.compeft")
-    (row,) = table(out)
+    row = table(out)[0]
     assert row[:4] == ["m.compeft", "24", "73,728", "0.5"]
 
     def change(folder):
@@ -148,9 +167,12 @@ def test_an_embedded_model_keeps_its_outputs(place, capsys):
     assert cosine > 0.8
 
 
-def test_a_lost_half_of_lora_is_said(place, capsys):
-    _, err = run(capsys, "compress a/trained -o a.compeft")
-    assert re.fullmatch(r"compeft-fl compress: warning: of lora_B only 0.\d\d% .*--init DIR\n", err)
+def test_what_lora_loses_without_a_start_is_said_with_a_figure(place, capsys):
+    out, err = run(capsys, "compress a/trained -o a.compeft")
+    expected = r"compeft-fl compress: warning: .*, is (0\.\d\d), because .*--init DIR, or .*\n"
+    figure = float(re.fullmatch(expected, err)[1])
+    assert figure == pytest.approx(cosine_of_changes("a/trained", "a.compeft"), abs=0.006)
+    assert float(table(out)[1][-1]) == pytest.approx(figure, abs=0.006)
     _, err = run(capsys, "compress a/trained -o a.compeft --init a/untrained")
     assert err == ""
     _, err = run(capsys, "compress ia3/trained -o a.compeft")
@@ -174,8 +196,10 @@ def test_a_folder_with_files_is_kept_unless_forced(place, capsys):
 def test_inspect_says_what_is_in_the_file(place, capsys):
     out, _ = run(capsys, "compress a/trained --init a/untrained -o a.compeft --density 0.25")
     assert run(capsys, "inspect a.compeft")[0] == out
-    (row,) = table(out)
-    name, tensors, parameters, density, scale, codec, bits, size, fp16, fp32 = row
+    row, what = table(out)
+    start = files.read_update("a.compeft").start
+    assert what == ["a.compeft", "LORA", "-", "4", start, "needed", "0", "-"]
+    name, tensors, parameters, density, scale, codec, bits, size, fp16, fp32, cosine, error = row
     stored, d = files.read_update("a.compeft"), 1024
     assert (name, tensors, parameters, density) == ("a.compeft", "8", "1,024", "0.25")
     assert float(scale) == pytest.approx(float(stored.update.scales[0]), rel=1e-3)
@@ -185,6 +209,13 @@ def test_inspect_says_what_is_in_the_file(place, capsys):
     assert int(size.replace(",", "")) == (place / "a.compeft").stat().st_size
     assert float(fp16[:-1]) == pytest.approx(2 * d / stored.num_bytes, abs=0.06)
     assert float(fp32[:-1]) == pytest.approx(4 * d / stored.num_bytes, abs=0.06)
+    before, after = (adapters.load_folder(f"a/{name}") for name in ("untrained", "trained"))
+    tau = adapters.task_vector(after, before)[0].values.astype(float)
+    kept = stored.update.to_task_vector().values.astype(float)
+    norms = np.linalg.norm(tau) * np.linalg.norm(kept)
+    assert float(cosine) == pytest.approx(tau @ kept / norms, abs=6e-5)
+    error_norm = np.linalg.norm(tau - kept) / np.linalg.norm(tau)
+    assert float(error) == pytest.approx(error_norm, abs=6e-5)
 
 
 def test_inspect_counts_each_tensor(place, capsys):

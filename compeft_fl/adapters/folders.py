@@ -5,7 +5,8 @@ A folder is what ``PeftModel.save_pretrained`` writes: ``adapter_config.json`` a
 is taken against a start:
 
 - 1 for IA3, whose vectors are 1 before training;
-- 0 for LoRA and its relatives: the task vector is the adapter itself, LoRA's random A included;
+- 0 for LoRA and its relatives: the task vector is the adapter itself, LoRA's random A included
+  (`compeft_fl.adapters.factors` says what that means for merging and compressing);
 - a second folder, the adapter as it was before training. It is the better choice wherever there is
   one, and the only one for tensors that start from weights of the base model (``modules_to_save``,
   biases, DoRA's magnitudes): a folder alone does not hold those.
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from compeft_fl.adapters import factors
+from compeft_fl.adapters.carried import carried_names
+from compeft_fl.adapters.weights import StoredTensors, float32_pieces, require_torch
 from compeft_fl.atomic import replacing
 from compeft_fl.errors import AdapterError
 from compeft_fl.printable import one_line, quoted
-from compeft_fl.task_vector import Layout, TaskVector, is_torch
+from compeft_fl.task_vector import Layout, TaskVector, TensorSpec, is_torch
 
 __all__ = [
     "Adapter",
@@ -37,6 +41,7 @@ __all__ = [
     "check_output",
     "load_folder",
     "load_peft_state",
+    "open_folder",
     "parse_config",
     "peft_state",
     "require_torch",
@@ -52,15 +57,8 @@ _MAX_CONFIG: Final = 4 << 20  # characters; AdaLoRA's rank patterns are the long
 _MAX_DEPTH: Final = 20
 _METHOD: Final = re.compile(r"[A-Za-z0-9_]{1,40}")
 
-# Per PEFT method: what its tensors start from, and the parts of names by which they are known.
-_STARTS: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
-    "LORA": (0, ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")),
-    "ADALORA": (0, ("lora_A", "lora_B", "lora_E")),
-    "LOHA": (0, ("hada_",)),
-    "LOKR": (0, ("lokr_",)),
-    "IA3": (1, ("ia3_l",)),
-}
-_DTYPES: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_LORA_MATRICES: Final = ("lora_A.weight", "lora_B.weight")
+_ADALORA: Final = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # in which dimension the rank is
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,13 @@ class Adapter:
     ----------
     config : dict
         The content of ``adapter_config.json``.
-    state : dict of str to array
-        The tensors, sorted by name: numpy's, and torch's where they are bfloat16.
+    state : mapping of str to array
+        The tensors, sorted by name: numpy's, and torch's where they are bfloat16. `open_folder`
+        reads each when it is asked for.
     """
 
     config: dict[str, Any]
-    state: dict[str, Any]
+    state: Mapping[str, Any]
 
     @property
     def method(self) -> str:
@@ -111,7 +110,23 @@ def load_folder(path: str | os.PathLike[str]) -> Adapter:
     Raises
     ------
     AdapterError
-        A file that is missing or broken, or a tensor that is not float32, float16 or bfloat16.
+        A file that is missing or broken, a data type that numpy and torch don't share, or tensors
+        without their values, as DeepSpeed's ZeRO-3 leaves them on each of its processes.
+    """
+    adapter = open_folder(path)
+    state = dict(adapter.state)
+    assert isinstance(adapter.state, StoredTensors)
+    adapter.state.close()
+    return Adapter(adapter.config, state)
+
+
+def open_folder(path: str | os.PathLike[str]) -> Adapter:
+    """`load_folder`, but a tensor is read only when it is asked for.
+
+    Raises
+    ------
+    AdapterError
+        As `load_folder`.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -129,9 +144,23 @@ def load_folder(path: str | os.PathLike[str]) -> Adapter:
         config = parse_config(config_file.read_text(encoding="utf-8"))
     except (AdapterError, UnicodeDecodeError) as error:
         raise AdapterError(f"{config_file}: {error}") from None
-    state = _load_tensors(weights_file)
-    check_names(state)
-    return Adapter(config, state)
+    tensors = StoredTensors(weights_file)
+    check_names(tensors)
+    _check_gathered(weights_file, tensors)
+    return Adapter(config, tensors)
+
+
+def _check_gathered(file: Path, tensors: StoredTensors) -> None:
+    """Raise AdapterError where tensors are without their values, or hold a process's part only."""
+    for name, tensor in tensors.tensors.items():
+        if tensor.shape == (0,) or (len(tensor.shape) == 1 and name.endswith(_LORA_MATRICES)):
+            raise AdapterError(
+                f"{file}: expected all values of {name!r}, found shape {tensor.shape}: gather the "
+                "parameters that ZeRO-3 or FSDP has spread before save_pretrained "
+                "(stage3_gather_16bit_weights_on_model_save)"
+            )
+    if not any(tensor.size for tensor in tensors.tensors.values()):
+        raise AdapterError(f"{file}: expected an adapter's tensors, found no parameters")
 
 
 def save_folder(adapter: Adapter, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -250,51 +279,15 @@ def _check_depth(value: Any, depth: int = 0) -> None:
             _check_depth(inner, depth + 1)
 
 
-def _load_tensors(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as tensors:
-            names = sorted(tensors.keys())
-            dtypes = {name: tensors.get_slice(name).get_dtype() for name in names}
-            for name, dtype in dtypes.items():
-                if dtype not in _DTYPES:
-                    raise AdapterError(
-                        f"{file}: expected F32, F16 or BF16, found {dtype} in tensor {name!r}"
-                    )
-            state: dict[str, Any] = {
-                name: tensors.get_tensor(name) for name in names if dtypes[name] != "BF16"
-            }
-        if len(state) < len(names):
-            require_torch(f"{file}: bfloat16 tensors")
-            with safe_open(file, framework="pt") as tensors:
-                state |= {n: tensors.get_tensor(n) for n in names if dtypes[n] == "BF16"}
-    except (SafetensorError, ValueError, OverflowError) as error:  # a shape of 100 dimensions, say
-        raise AdapterError(
-            f"{file}: expected safetensors, found other bytes: {one_line(error, 200)}"
-        ) from None
-    if not any(
-        tensor.size if isinstance(tensor, np.ndarray) else tensor.numel()
-        for tensor in state.values()
-    ):
-        raise AdapterError(f"{file}: expected an adapter's tensors, found no parameters")
-    return {name: state[name] for name in names}
-
-
-def require_torch(what: str) -> None:
-    """Raise AdapterError where torch is not installed; ``what`` needs it."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise AdapterError(
-            f"{what} need torch, which is not installed: pip install torch"
-        ) from None
-
-
 # --- task vectors -----------------------------------------------------------------------------
 
 
-def start_of(config: Mapping[str, Any], layout: Layout, init: Adapter | None = None) -> Start:
+def start_of(
+    config: Mapping[str, Any],
+    layout: Layout,
+    init: Adapter | None = None,
+    carried: Collection[str] = (),
+) -> Start:
     """What an adapter's task vector is relative to.
 
     Parameters
@@ -302,8 +295,11 @@ def start_of(config: Mapping[str, Any], layout: Layout, init: Adapter | None = N
     config : mapping
         The adapter's configuration.
     layout : Layout, d parameters
+        Of the tensors in the task vector.
     init : Adapter, optional
-        The adapter as it was before training.
+        The adapter as it was before training. AdaLoRA's is cut to the ranks that training left.
+    carried : collection of str
+        Tensors beside those of the layout.
 
     Raises
     ------
@@ -313,29 +309,94 @@ def start_of(config: Mapping[str, Any], layout: Layout, init: Adapter | None = N
         An ``init`` with other tensors.
     """
     if init is not None:
-        layout.check(init.state)
-        ordered = {tensor.name: init.state[tensor.name] for tensor in layout.tensors}
-        values: Any = TaskVector.from_dict(ordered).values
-        digest = hashlib.blake2b(values.astype("<f4").tobytes(), digest_size=16)
-        return Start(values, f"blake2b:{digest.hexdigest()}")
+        init = resized_start(config, init)
+        tag, _ = tag_of(config, layout, init, carried)
+        values = np.empty(layout.num_parameters, np.float32)
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor, where in layout.slices():
+            for start, piece in float32_pieces(init.state, tensor.name):
+                values[where][start : start + piece.size] = piece
+                digest.update(piece.astype("<f4", copy=False).tobytes())
+        return Start(values, f"{tag}{digest.hexdigest()}")
+    tag, value = tag_of(config, layout)
+    return Start(np.full(layout.num_parameters, value, np.float32), tag)
+
+
+def tag_of(
+    config: Mapping[str, Any],
+    layout: Layout,
+    init: Adapter | None = None,
+    carried: Collection[str] = (),
+) -> tuple[str, int]:
+    """The tag of a start without its values, and the one value that it has where it has one.
+
+    With ``init``: ``"blake2b:"``, to which the digest is still due. Raises as `start_of`.
+    """
+    if init is not None:
+        shapes = shapes_of(init.state)
+        layout.check({name: tensor for name, tensor in shapes.items() if name not in carried})
+        return "blake2b:", 0
     method = str(config["peft_type"])
-    if method not in _STARTS:
+    value = factors.start_value(method)
+    if value is None:
         raise AdapterError(
-            f"expected a folder of {', '.join(_STARTS)}, whose start is known, found {method}: "
-            "give the adapter as it was before training with --init DIR"
+            f"expected a folder of {', '.join(factors.METHODS)}, whose start is known, found "
+            f"{method}: give the adapter as it was before training with --init DIR"
         )
-    value, marks = _STARTS[method]
     for tensor in layout.tensors:
-        if not any(part.startswith(marks) for part in tensor.name.split(".")):
+        if factors.factor_of(method, tensor.name) is None:
             raise AdapterError(
                 f"tensor {tensor.name!r} starts from weights that the folder does not hold: "
                 "give the adapter as it was before training with --init DIR"
             )
-    return Start(np.full(layout.num_parameters, value, np.float32), str(value))
+    return str(value), value
+
+
+def shapes_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state's tensors, of which only shapes and data types are asked for."""
+    return state.tensors if isinstance(state, StoredTensors) else state
+
+
+def resized_start(config: Mapping[str, Any], init: Adapter) -> Adapter:
+    """An AdaLoRA adapter before training, cut to the ranks that training has left.
+
+    PEFT saves a pruned adapter without the ranks that it gave up, and says in ``rank_pattern``
+    which are left. Any other adapter is returned as it is.
+
+    Raises
+    ------
+    AdapterError
+        A ``rank_pattern`` that is none of this adapter's.
+    """
+    pattern = config.get("rank_pattern")
+    if str(config.get("peft_type")) != "ADALORA" or not isinstance(pattern, Mapping):
+        return init
+    shapes = shapes_of(init.state)
+    state: dict[str, Any] = {}
+    for name in shapes:
+        tensor = init.state[name]
+        module, _, factor = name.rpartition(".")
+        kept = pattern.get(f"{module.removeprefix('base_model.model.')}.lora_E")
+        if factor in _ADALORA and kept is not None:
+            rank = tuple(tensor.shape)[_ADALORA[factor]]
+            if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept):
+                raise AdapterError("expected a rank_pattern of true and false, found another")
+            if rank not in (len(kept), sum(kept)):
+                raise AdapterError(
+                    f"expected a start of rank {len(kept)} as in rank_pattern, found {rank} in "
+                    f"tensor {name!r}"
+                )
+            if rank == len(kept):
+                where = [index for index, one in enumerate(kept) if one]
+                tensor = tensor[where] if _ADALORA[factor] == 0 else tensor[:, where]
+        state[name] = tensor
+    return Adapter(init.config, state)
 
 
 def task_vector(adapter: Adapter, init: Adapter | None = None) -> tuple[TaskVector, Start]:
     """What fine-tuning changed in an adapter, and what that is relative to.
+
+    Integers, statistics and float64 are no part of it: see `compeft_fl.adapters.carried`.
 
     Parameters
     ----------
@@ -348,8 +409,10 @@ def task_vector(adapter: Adapter, init: Adapter | None = None) -> tuple[TaskVect
     AdapterError, LayoutError
         As `start_of`.
     """
-    finetuned = TaskVector.from_dict(adapter.state)
-    start = start_of(adapter.config, finetuned.layout, init)
+    init = None if init is None else resized_start(adapter.config, init)
+    carried = carried_names(adapter.state, None if init is None else init.state)
+    finetuned = TaskVector.from_dict({n: t for n, t in adapter.state.items() if n not in carried})
+    start = start_of(adapter.config, finetuned.layout, init, carried)
     return TaskVector(finetuned.layout, finetuned.values - start.values), start
 
 
@@ -364,6 +427,12 @@ def peft_state(model: Any, adapter_name: str = "default") -> dict[str, Any]:
     model : peft.PeftModel
     adapter_name : str
 
+    Raises
+    ------
+    AdapterError
+        A prompt that a network makes while it is trained (p-tuning, prefixes with a projection):
+        PEFT's state is what the network makes, and cannot be put back into it.
+
     Examples
     --------
     A task vector from two states::
@@ -374,6 +443,7 @@ def peft_state(model: Any, adapter_name: str = "default") -> dict[str, Any]:
     """
     from peft import get_peft_model_state_dict
 
+    _check_direct(model, adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
@@ -391,10 +461,26 @@ def load_peft_state(model: Any, state: Mapping[str, Any], adapter_name: str = "d
     ------
     LayoutError
         Names or shapes other than the adapter's. (PEFT itself would take what fits in silence.)
+    AdapterError
+        As `peft_state`.
     """
     import torch
     from peft import set_peft_model_state_dict
 
-    Layout.of(peft_state(model, adapter_name)).check(state)
+    own = peft_state(model, adapter_name)
+    Layout(TensorSpec(name, tuple(tensor.shape)) for name, tensor in own.items()).check(state)
     tensors = {name: torch.as_tensor(tensor) for name, tensor in state.items()}
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+
+
+def _check_direct(model: Any, adapter_name: str) -> None:
+    """Raise AdapterError where an adapter's state is not what is trained."""
+    config = model.peft_config[adapter_name]
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    made = method == "P_TUNING" or getattr(config, "prefix_projection", False)
+    if made and not config.inference_mode:
+        raise AdapterError(
+            f"expected a state that is trained, found {method}, whose state in PEFT is the prompt "
+            "that a network makes and cannot be put back into the network: train PROMPT_TUNING, or "
+            "PREFIX_TUNING without prefix_projection"
+        )

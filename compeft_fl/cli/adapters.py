@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,19 +16,21 @@ import numpy as np
 
 from compeft_fl import adapters
 from compeft_fl.adapters import files
+from compeft_fl.adapters.compression import CompressedAdapter, compress_adapter, keep_adapter
+from compeft_fl.adapters.meaning import base_model, check_known
+from compeft_fl.adapters.merge import AdapterMerge, check_comparable
 from compeft_fl.cli.tables import Table, say
 from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import check_density, check_scale
 from compeft_fl.compeft import compress as compress_vector
-from compeft_fl.errors import AdapterError, CompeftError, LayoutError, ParameterError
-from compeft_fl.merging.accumulators import Accumulator, Average, TaskArithmetic, Ties
+from compeft_fl.errors import AdapterError, CompeftError, ParameterError
 from compeft_fl.task_vector import TensorSpec
 from compeft_fl.ternary import TernaryVector
 
 __all__ = ["compress", "decompress", "inspect", "merge", "similarity"]
 
-# Settings of an adapter that change what its tensors mean: adapters that differ in one don't merge.
-_MEANING: Final = ("r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+# A cosine below which what was learned is as good as lost where there is no start.
+_LOST: Final = 0.9
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -45,36 +47,51 @@ def compress(options: argparse.Namespace) -> int:
         )
     if options.output.is_dir():
         raise AdapterError(f"{options.output}: expected a file to write to, found a folder")
-    adapter = adapters.load_folder(options.folder)
-    init = adapters.load_folder(options.init) if options.init else None
-    tau, start = adapters.task_vector(adapter, init)
-    tau.check_finite()
-    update = tau if dense else compress_vector(tau, density, scale, support)
-    files.write_update(options.output, update, adapter.config, start.tag, options.codec)
-    written = files.read_update(options.output, max_parameters=update.num_parameters)
-    _print_summary([options.output], [written])
-    if isinstance(update, TernaryVector) and init is None:
-        _warn_of_lost_parts(update)
+    adapter = adapters.open_folder(options.folder)
+    init = adapters.open_folder(options.init) if options.init else None
+    if dense:
+        made = keep_adapter(adapter, init, options.codec)
+    else:
+        made = compress_adapter(
+            adapter, init, density=density, scale=scale, support=support
+        )
+    num_bytes = files.write_update(
+        options.output,
+        made.update,
+        adapter.config,
+        made.start,
+        options.codec,
+        carried=made.carried,
+        quality=made.quality,
+        effect=made.effect,
+    )
+    stored = files.StoredUpdate(
+        made.update,
+        adapter.config,
+        made.start,
+        options.codec,
+        num_bytes,
+        files.body_bytes(options.output),
+        made.carried,
+        made.quality.cosine,
+        made.quality.relative_error,
+        made.effect,
+    )
+    _print_summary([options.output], [stored])
+    _warn_of_loss(made)
     return 0
 
 
-def _warn_of_lost_parts(update: TernaryVector) -> None:
-    """Say it where next to nothing is left of one of LoRA's two matrices: their product is lost."""
-    kept, size = Counter[str](), Counter[str]()
-    for tensor, count in _nonzeros(update):
-        for part in tensor.name.split("."):
-            if part in {"lora_A", "lora_B"}:
-                kept[part] += count
-                size[part] += tensor.size
-    for part in size:
-        density = kept[part] / max(1, size[part])
-        if density < update.density / 10:
-            print(
-                f"compeft-fl compress: warning: of {part} only {density:.2%} is kept, so that the "
-                "adapter does next to nothing: give the adapter as it was before training with "
-                "--init DIR",
-                file=sys.stderr,
-            )
+def _warn_of_loss(made: CompressedAdapter) -> None:
+    """Say it where little is left of the change that factors without a start make."""
+    if made.effect is not None and made.effect < _LOST:
+        print(
+            "compeft-fl compress: warning: of what the adapter does to the weights little is left: "
+            f"the cosine of the change, before and after, is {made.effect:.2f}, because its "
+            "factors are compressed with their random start; give the adapter as it was before "
+            "training with --init DIR, or a higher --density",
+            file=sys.stderr,
+        )
 
 
 def decompress(options: argparse.Namespace) -> int:
@@ -101,47 +118,43 @@ def inspect(options: argparse.Namespace) -> int:
 def merge(options: argparse.Namespace) -> int:
     """Merge files into one adapter folder, one file in memory at a time."""
     adapters.check_output(options.output, force=options.force)
-    method = _method(options)
+    merged = AdapterMerge(
+        options.method, scaling=options.scaling, tie=options.tie, any_base=options.any_base
+    )
     weights = options.weights or [1.0] * len(options.files)
     if len(weights) != len(options.files):
         raise ParameterError(f"expected {len(options.files)} weights, found {len(weights)}")
-    first: files.StoredUpdate | None = None
     for file, weight in zip(options.files, weights, strict=True):
         stored = _read(file, options)
-        if first is None:
-            first = stored
-        _check_same_kind(options.files[0], first, file, stored)
-        try:
-            method.add(stored.update, weight)
-        except CompeftError as error:
-            raise type(error)(f"{file}: {error}") from None
-    assert first is not None
-    merged = files.StoredUpdate(method.result(), first.config, first.start, "dense", 0, 0)
+        _named(file, merged.check, stored)
+        _named(f"{options.files[0]} and {file}", merged.check_with_first, stored, colon=False)
+        _named(file, merged.add, stored, weight)
     init = adapters.load_folder(options.init) if options.init else None
-    adapter = files.restore(merged, init)
+    adapter = files.restore(merged.result(), init)
     adapters.save_folder(adapter, options.output, force=options.force)
-    say(f"{options.output}: {method.count} adapters merged by {options.method}")
+    say(f"{options.output}: {merged.count} adapters merged by {options.method}")
     return 0
 
 
-def _method(options: argparse.Namespace) -> Accumulator:
-    if options.tie is not None and options.method != "ties":
-        raise ParameterError(f"--tie belongs to ties, not to {options.method}")
-    if options.method == "average":
-        if options.scaling is not None:
-            raise ParameterError("--scaling belongs to ties and task-arithmetic, not to average")
-        return Average()
-    scaling = 1.0 if options.scaling is None else options.scaling
-    if options.method == "task-arithmetic":
-        return TaskArithmetic(scaling)
-    return Ties(scaling, options.tie or "zero")
+def _named(
+    what: Path | str, function: Callable[..., None], *arguments: Any, colon: bool = True
+) -> None:
+    """Call a function; an error names what it is about."""
+    try:
+        function(*arguments)
+    except CompeftError as error:
+        raise type(error)(f"{what}{':' if colon else ''} {error}") from None
 
 
 def similarity(options: argparse.Namespace) -> int:
     """Show a matrix of how much files agree."""
     stored = [_read(file, options) for file in options.files]
-    for file, other in zip(options.files[1:], stored[1:], strict=True):
-        _check_same_kind(options.files[0], stored[0], file, other)
+    for file, one in zip(options.files, stored, strict=True):
+        _named(file, check_known, one.config)
+    for file, one in zip(options.files[1:], stored[1:], strict=True):
+        pair = f"{options.files[0]} and {file}"
+        check = partial(check_comparable, any_base=options.any_base)
+        _named(pair, check, stored[0], one, colon=False)
     measure = _cosine if options.measure == "cosine" else _sign_agreement
     updates = [one.update for one in stored]
     size = len(updates)
@@ -178,35 +191,14 @@ def _read(file: Path, options: argparse.Namespace) -> files.StoredUpdate:
         raise type(error)(f"{file}: {error}") from None
 
 
-def _check_same_kind(
-    file: Path, expected: files.StoredUpdate, other: Path, found: files.StoredUpdate
-) -> None:
-    """Raise where the tensors of two files don't mean the same."""
-    if found.update.layout != expected.update.layout:
-        a, b = expected.update.layout.tensors, found.update.layout.tensors
-        text = f"{len(a)} and {len(b)} tensors"
-        for ours, theirs in zip(a, b, strict=False):
-            if ours != theirs:
-                text = f"{ours.name} {ours.shape} {ours.dtype}"
-                text += f" and {theirs.name} {theirs.shape} {theirs.dtype}"
-                break
-        raise LayoutError(f"{file} and {other} are for different layouts: {text}")
-    if found.start != expected.start:
-        raise AdapterError(
-            f"{file} and {other} are relative to different starts: {expected.start}, {found.start}"
-        )
-    for key in ("peft_type", *_MEANING):
-        values = expected.config.get(key), found.config.get(key)
-        if values[0] != values[1]:
-            raise AdapterError(f"{file} and {other} differ in {key}: {values[0]} and {values[1]}")
-
-
 # --- tables -----------------------------------------------------------------------------------
 
 
 def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) -> None:
+    """Two tables, a row a file: what it takes and keeps, and what it belongs to."""
     columns = ["file", "tensors", "parameters", "density", "scale", "codec", "bits/param"]
-    table = Table(None, [*columns, "bytes", "fp16/file", "fp32/file"], left=("file",))
+    columns += ["bytes", "fp16/file", "fp32/file", "cosine", "error"]
+    table = Table(None, columns, left=("file",))
     for name, one in zip(names, stored, strict=True):
         update, d = one.update, one.update.num_parameters
         kept = sum(count for _, count in _nonzeros(update))
@@ -221,8 +213,28 @@ def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) 
             f"{one.num_bytes:,}",
             f"{2 * d / one.num_bytes:.1f}x",
             f"{4 * d / one.num_bytes:.1f}x",
+            _figure(one.cosine),
+            _figure(one.relative_error),
         )
     table.print()
+    columns = ["file", "method", "base model", "r", "start", "--init", "carried", "change's cosine"]
+    table = Table(None, columns, left=("file", "method", "base model", "start", "--init"))
+    for name, one in zip(names, stored, strict=True):
+        table.add_row(
+            str(name),
+            str(one.config["peft_type"]),
+            base_model(one.config) or "-",
+            str(one.config.get("r", "-")),
+            one.start or "-",
+            "needed" if one.needs_init else "not needed",
+            str(len(one.carried)),
+            _figure(one.effect_cosine),
+        )
+    table.print()
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _print_tensors(name: Path, stored: files.StoredUpdate) -> None:

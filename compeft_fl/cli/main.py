@@ -126,6 +126,7 @@ def _add(
 
 _INIT_HELP = "the adapter as it was before training, a folder"
 _MAX_PARAMETERS_HELP = "the most parameters of a file (default 2^24, or more by its size)"
+_ANY_BASE_HELP = "the base models are one, whatever their names: a model that lies elsewhere"
 _FORCE_HELP = "write into a folder that holds files already"
 
 
@@ -137,9 +138,13 @@ def _add_compress(commands: Any) -> None:
         "compress an adapter folder to one small file",
         """\
 DIR is what PeftModel.save_pretrained writes. What is compressed is the difference to a start: the
-folder given by --init, or else 1 for IA3 and 0 for LoRA. With 0, LoRA's A counts with its random
-start, which leaves less for what was learned: better save the adapter before training as well, and
-give that folder as --init.
+folder given by --init, or else 1 for IA3 and 0 for LoRA, AdaLoRA, LoHa and LoKr. With 0, their
+factors count with their random start, each compressed by itself, which leaves less for what was
+learned: better save the adapter before training as well, and give that folder as --init.
+
+cosine and error (the norm of what is lost, over the norm of all) compare the update with the
+difference that was compressed. Without a start, the change's cosine compares the changes of the
+weights. Integers, statistics and float64 are kept as they are.
 
 examples:
   compeft-fl compress my-lora -o my-lora.compeft
@@ -202,7 +207,8 @@ def _add_inspect(commands: Any) -> None:
         "show what is in files",
         """\
 Bits per parameter are those of the encoded values; the bytes are the whole file's, with layout and
-configuration. The last two columns: how many times larger all parameters are in 16 and in 32 bits.
+configuration. fp16/file and fp32/file: how many times larger all parameters are in 16 and in 32
+bits. cosine and error: of the update, against what was compressed, where the file says it.
 
 examples:
   compeft-fl inspect my-lora.compeft
@@ -221,10 +227,16 @@ def _add_merge(commands: Any) -> None:
         adapters.merge,
         "merge files into one adapter folder",
         """\
+Only adapters whose tensors mean the same are merged: one method, one base model, one start, and the
+same in all settings but those of training. A weight below 0 takes the opposite of an adapter's
+change. LoRA and its relatives without --init: the sum is formed in one factor (B) over the mean of
+the others, so that --scaling and signs count once.
+
 examples:
   compeft-fl merge a.compeft b.compeft c.compeft --method ties -o merged
   compeft-fl merge a.compeft b.compeft --method task-arithmetic --scaling 0.5 -o merged
   compeft-fl merge a.compeft b.compeft --method average --weights 3,1 -o merged
+  compeft-fl merge a.compeft b.compeft --method task-arithmetic --weights=1,-1 -o a-minus-b
 """,
     )
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a .compeft file")
@@ -244,9 +256,10 @@ examples:
         "--weights",
         metavar="W,W,...",
         type=_numbers,
-        help="one positive number per file (default 1)",
+        help="one number per file, not 0 (default 1)",
     )
     parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+    parser.add_argument("--any-base", action="store_true", help=_ANY_BASE_HELP)
     parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
     _add_limit(parser)
 
@@ -269,6 +282,7 @@ example:
     parser.add_argument(
         "--measure", choices=("cosine", "sign-agreement"), default="cosine", help="default cosine"
     )
+    parser.add_argument("--any-base", action="store_true", help=_ANY_BASE_HELP)
     _add_limit(parser)
 
 

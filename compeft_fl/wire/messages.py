@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "encode",
     "encode_parts",
     "inspect",
+    "iter_parts",
     "layout_id",
 ]
 
@@ -145,6 +146,30 @@ def encode_parts(
     max_body_bytes : int
         The largest body of one part. The others as `encode`; the metadata goes with the first part.
     """
+    return list(
+        iter_parts(
+            update,
+            codec,
+            link_mbps=link_mbps,
+            layout_by_id=layout_by_id,
+            base_version=base_version,
+            metadata=metadata,
+            max_body_bytes=max_body_bytes,
+        )
+    )
+
+
+def iter_parts(
+    update: Update,
+    codec: str = "golomb",
+    *,
+    link_mbps: float | None = None,
+    layout_by_id: bool = False,
+    base_version: int = 0,
+    metadata: Mapping[str, str] | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> Iterator[bytes]:
+    """`encode_parts`, one part in memory at a time."""
     codec = auto.choose(update, codec, link_mbps)
     writer, d = codecs.get(codec), update.num_parameters
     if writer.max_body_bytes(1) > max_body_bytes:
@@ -166,10 +191,8 @@ def encode_parts(
         start = stop
         if start >= d:
             break
-    return [
-        _message(update, codec, span, layout_by_id, base_version, None if i else metadata)
-        for i, span in enumerate(spans)
-    ]
+    for i, span in enumerate(spans):
+        yield _message(update, codec, span, layout_by_id, base_version, None if i else metadata)
 
 
 def _cut_near_half(borders: list[int], start: int, stop: int) -> int:
