@@ -114,10 +114,7 @@ def load_folder(path: str | os.PathLike[str]) -> Adapter:
         without their values, as DeepSpeed's ZeRO-3 leaves them on each of its processes.
     """
     adapter = open_folder(path)
-    state = dict(adapter.state)
-    assert isinstance(adapter.state, StoredTensors)
-    adapter.state.close()
-    return Adapter(adapter.config, state)
+    return Adapter(adapter.config, dict(adapter.state))
 
 
 def open_folder(path: str | os.PathLike[str]) -> Adapter:

@@ -76,8 +76,6 @@ class StoredTensor:
 class StoredTensors(Mapping[str, Any]):
     """The tensors of a safetensors file, by name and in the order of names; read when asked for.
 
-    The file stays open, so that what is read is one file also where another takes its place.
-
     Parameters
     ----------
     file : Path
@@ -98,9 +96,10 @@ class StoredTensors(Mapping[str, Any]):
             raise AdapterError(
                 f"{file}: expected safetensors, found other bytes: {one_line(error, 200)}"
             ) from None
-        self._file = file.open("rb")
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
+        self._path = file
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
         self.tensors: dict[str, StoredTensor] = {}
         for name in names:
             entry = header[name]
@@ -119,7 +118,7 @@ class StoredTensors(Mapping[str, Any]):
         values = self._read(tensor, 0, tensor.size).reshape(tensor.shape)
         if tensor.stored_dtype != "BF16":
             return values
-        require_torch(f"{self._file.name}: bfloat16 tensors")
+        require_torch(f"{self._path}: bfloat16 tensors")
         import torch
 
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
@@ -142,16 +141,12 @@ class StoredTensors(Mapping[str, Any]):
     def _read(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[Any]:
         dtype = np.dtype(_NUMPY[tensor.stored_dtype])
         values = np.empty(stop - start, dtype)
-        self._file.seek(tensor.offset + start * dtype.itemsize)
-        if self._file.readinto(values.data.cast("B")) != values.nbytes:
-            raise AdapterError(
-                f"{self._file.name}: expected {tensor.name!r} in full, found its end"
-            )
+        with self._path.open("rb") as file:
+            file.seek(tensor.offset + start * dtype.itemsize)
+            read = file.readinto(values.data.cast("B")) if values.size else 0
+        if read != values.nbytes:
+            raise AdapterError(f"{self._path}: expected {tensor.name!r} in full, found its end")
         return values
-
-    def close(self) -> None:
-        """Close the file; nothing can be read any more."""
-        self._file.close()
 
 
 def _check_shape(file: Path, name: str, shape: tuple[int, ...]) -> None:
