@@ -37,7 +37,7 @@ class Quality:
     >>> tau = cf.TaskVector.from_dict({"w": np.array([3, -1, 0.5, -5], "f4")})
     >>> found = Quality.of(tau, cf.compress(tau, density=0.5))
     >>> round(found.cosine, 3), round(found.relative_error, 3)
-    (0.953, 0.306)
+    (0.953, 0.307)
     """
 
     dot: float

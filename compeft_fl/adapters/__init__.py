@@ -8,7 +8,6 @@ from __future__ import annotations
 from compeft_fl.adapters.files import StoredUpdate, read_update, restore, write_update
 from compeft_fl.adapters.folders import (
     Adapter,
-    Start,
     check_output,
     load_folder,
     load_peft_state,
@@ -17,9 +16,8 @@ from compeft_fl.adapters.folders import (
     peft_state,
     require_torch,
     save_folder,
-    start_of,
-    task_vector,
 )
+from compeft_fl.adapters.starts import Start, start_of, task_vector
 
 __all__ = [
     "Adapter",

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from compeft_fl import codecs
 from compeft_fl.adapters import factors
 from compeft_fl.adapters.carried import carried_names
-from compeft_fl.adapters.folders import Adapter, resized_start, shapes_of, tag_of
+from compeft_fl.adapters.folders import Adapter
 from compeft_fl.adapters.meaning import changes_base
+from compeft_fl.adapters.starts import resized_start, shapes_of, tag_of
 from compeft_fl.adapters.weights import float32_pieces
 from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import compress
