@@ -63,6 +63,7 @@ def compress_adapter(
     *,
     density: float = 0.05,
     scale: str | float = "norm",
+    support: str = "fixed",
 ) -> CompressedAdapter:
     """Compress an adapter's task vector.
 
@@ -71,7 +72,7 @@ def compress_adapter(
     adapter : Adapter
     init : Adapter, optional
         The adapter as it was before training; see `compeft_fl.adapters.start_of`.
-    density, scale
+    density, scale, support
         As for `compeft_fl.compress`; without ``init``, of each factor by itself.
 
     Raises
@@ -100,7 +101,7 @@ def compress_adapter(
         if tau.num_parameters == 0:
             continue
         tau.check_finite()
-        kept = compress(tau, density=density, scale=scale)
+        kept = compress(tau, density, scale, support)
         quality += Quality.of_compressed(tau, kept)
         scales[indices] = kept.scales[0]
         if indices == everything:

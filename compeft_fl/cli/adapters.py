@@ -52,9 +52,7 @@ def compress(options: argparse.Namespace) -> int:
     if dense:
         made = keep_adapter(adapter, init, options.codec)
     else:
-        made = compress_adapter(
-            adapter, init, density=density, scale=scale, support=support
-        )
+        made = compress_adapter(adapter, init, density=density, scale=scale, support=support)
     num_bytes = files.write_update(
         options.output,
         made.update,
