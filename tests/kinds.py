@@ -1,8 +1,8 @@
 """What kind a test is of, told from what it uses, so that nobody has to remember to say so.
 
-`make test-fast` leaves out what starts processes or builds models. A test does so where a name that
-stands for it occurs in the test's own code, in its fixtures', or in that of the helpers of this
-folder which these use.
+`make test-fast` leaves out what starts processes, builds or trains models, or measures memory. A
+test does so where a name that stands for it occurs in the test's own code, in its fixtures', or in
+that of the helpers of this folder which these use.
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 
-PROCESSES = frozenset(
-    {"subprocess", "multiprocessing", "FlowerSession", "Deployment", "ProcessFamily", "warm"}
-)
-MODELS = frozenset({"torch", "transformers", "peft", "datasets", "minilm", "tiny_model"})
+NAMES = {
+    "processes": {
+        "Deployment",
+        "FlowerSession",
+        "ProcessFamily",
+        "multiprocessing",
+        "run_jobs",
+        "subprocess",
+        "warm",
+    },
+    "models": {"logistic", "minilm", "peft", "tiny_model", "torch", "transformers"},
+    "measurements": {"bench_scale", "peak_memory", "tracemalloc"},
+}
 STARTS_FLOWER = ("ray", "deploy", "slow_faults")
 HERE = Path(__file__).parent
 
@@ -25,11 +34,11 @@ def mark(item: pytest.Item) -> None:
     """Give a test the marks of its kinds; those that start Flower run one after the other."""
     starts_flower = any(item.get_closest_marker(name) for name in STARTS_FLOWER)
     names = _names(item)
-    if starts_flower or names & PROCESSES:
-        item.add_marker("processes")
-    if names & MODELS:
-        item.add_marker("models")
+    for kind, of_kind in NAMES.items():
+        if names & of_kind:
+            item.add_marker(kind)
     if starts_flower:
+        item.add_marker("processes")
         item.add_marker(pytest.mark.xdist_group("flower"))
 
 
