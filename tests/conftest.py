@@ -27,6 +27,12 @@ WORDS = {
 }
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if "not models" in config.option.markexpr and collection_path.name.startswith("test_"):
+        return kinds.is_of_models(collection_path) or None
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

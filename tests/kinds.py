@@ -7,7 +7,10 @@ that of the helpers of this folder which these use.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
+import sys
 import types
 from pathlib import Path
 
@@ -42,28 +45,40 @@ def mark(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group("flower"))
 
 
+def is_of_models(file: Path) -> bool:
+    """Whether a file of tests imports PEFT: seconds, before any of its tests is chosen."""
+    imports = r"^(import|from) (peft|transformers)\b|^peft = pytest.importorskip"
+    return re.search(imports, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
 def _names(item: pytest.Item) -> set[str]:
     """All names in the code of a test, its fixtures, and the helpers that they use."""
     fixtures = [definition.func for each in _fixtures(item) for definition in each]
-    seen: dict[int, object] = {}
     names = set(getattr(item, "fixturenames", ()))
-    waiting = [getattr(item, "function", None), *fixtures]
+    waiting, seen = [getattr(item, "function", None), *fixtures], set()
     while waiting:
-        thing = inspect.unwrap(waiting.pop())  # type: ignore[arg-type]
-        if id(thing) in seen:
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, type):
-            waiting += [value for value in vars(thing).values() if _is_code(value)]
-            waiting += [base for base in thing.__mro__[1:] if _is_ours(base)]
-        elif isinstance(thing, types.FunctionType):
-            here = _code_names(thing.__code__)
+        if (thing := waiting.pop()) not in seen:
+            seen.add(thing)
+            here, helpers = _uses(thing)
             names |= here
-            known = [thing.__globals__[name] for name in here if name in thing.__globals__]
-            helpers = [value for value in known if isinstance(value, types.ModuleType)]
-            known += [vars(each)[name] for each in helpers for name in here & set(vars(each))]
-            waiting += [value for value in known if _is_code(value) and _is_ours(value)]
+            waiting += helpers
     return names
+
+
+@functools.cache
+def _uses(thing: object) -> tuple[frozenset[str], tuple[object, ...]]:
+    """The names in some code, and the functions and classes of this folder that it uses."""
+    thing = inspect.unwrap(thing)  # type: ignore[arg-type]
+    if isinstance(thing, type):
+        parts = [value for value in vars(thing).values() if isinstance(value, types.FunctionType)]
+        return frozenset(), (*parts, *(base for base in thing.__mro__[1:] if _is_ours(base)))
+    if not isinstance(thing, types.FunctionType):
+        return frozenset(), ()
+    names = _code_names(thing.__code__)
+    known = [thing.__globals__[name] for name in names if name in thing.__globals__]
+    modules = [value for value in known if isinstance(value, types.ModuleType)]
+    known += [vars(each)[name] for each in modules for name in names & set(vars(each))]
+    return frozenset(names), tuple(value for value in known if _is_ours(value))
 
 
 def _fixtures(item: pytest.Item) -> list:
@@ -76,10 +91,8 @@ def _code_names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*(_code_names(part) for part in inner))
 
 
-def _is_code(value: object) -> bool:
-    return isinstance(value, types.FunctionType | type)
-
-
 def _is_ours(value: object) -> bool:
-    file = getattr(inspect.getmodule(value), "__file__", None)
+    if not isinstance(value, types.FunctionType | type):
+        return False
+    file = getattr(sys.modules.get(value.__module__), "__file__", None)
     return file is not None and HERE in Path(file).parents
