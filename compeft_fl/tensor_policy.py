@@ -19,7 +19,7 @@ from compeft_fl.errors import LayoutError, ParameterError
 if TYPE_CHECKING:
     from compeft_fl.task_vector import State
 
-__all__ = ["CARRIED", "LEFT", "TRAINED", "TensorPolicy"]
+__all__ = ["CARRIED", "LEFT", "TRAINED", "TensorPolicy", "is_statistic", "is_variance"]
 
 TRAINED: Final = "trained"
 CARRIED: Final = "carried"
@@ -130,6 +130,11 @@ def is_statistic(name: str) -> bool:
     return (
         last.startswith(_STATISTIC_PREFIXES) or last in _STATISTICS or _STATISTICS_FOLDER in folders
     )
+
+
+def is_variance(name: str) -> bool:
+    """Is this the name of a measured variance, which is not negative?"""
+    return is_statistic(name) and name.rpartition(".")[2].endswith(("var", "variance"))
 
 
 def _dtype(tensor: Any) -> str:

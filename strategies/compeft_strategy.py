@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -11,9 +11,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.exchange.records import LOGGER
+from compeft_fl.exchange.records import LOGGER, find_carried
 from compeft_fl.merging.accumulators import Accumulator
-from compeft_fl.server.broadcast import Base, Broadcaster
+from compeft_fl.merging.carried import CarriedAverage
+from compeft_fl.server.base import Base
+from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.intake import Reply, describe, update_of, weight_of
 from compeft_fl.server.metrics import Metrics
@@ -28,8 +30,13 @@ from compeft_fl.server.robustness import (
 )
 from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.task_vector import Layout
+from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions"]
+
+# How far one node may move a statistic: in medians of how far nodes do. With one of ten at most at
+# odds, what it adds to a mean dies out from round to round.
+_MOST_MEDIANS = 4.0
 
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -64,6 +71,10 @@ class ComPEFTStrategy(FedAvg):
         Is told of each message. Default: a `RoundCounts`.
     downlink : DownlinkOptions, optional
         How the global adapter goes down. Default: compressed, in versions.
+    tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
+        Patterns of names, for whole models: what is trained, and compressed; what is carried as it
+        is, and averaged; what is left to the nodes (personal layers). Default: by data type and
+        name, see `compeft_fl.tensor_policy.TensorPolicy`; the nodes are told.
     **options
         FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
         weighted mean; functions of your own get the MetricRecords only).
@@ -80,6 +91,7 @@ class ComPEFTStrategy(FedAvg):
         observer: RoundObserver | None = None,
         downlink: DownlinkOptions | None = None,
         robustness: SignAgreementFilter | None = None,
+        tensors: TensorPolicy | Mapping[str, str] | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
@@ -89,7 +101,7 @@ class ComPEFTStrategy(FedAvg):
             "train": options.get("train_metrics_aggr_fn") is not None,
             "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
         }
-        self._broadcaster = Broadcaster(self.observer, downlink)
+        self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._base: Base | None = None
 
@@ -166,12 +178,17 @@ class ComPEFTStrategy(FedAvg):
             raise ParameterError("expected configure_train before aggregate_train")
         base = self._base
         accumulator = self.accumulator(base.layout)
+        average = CarriedAverage(base.apart.carried, most=_MOST_MEDIANS)
         metrics = self._metrics("train")
 
         def read(reply: Reply) -> Candidate:
-            _, _, weight = weight_of(reply.message.content, self.weighted_by_key)
-            _, blob = update_of(reply.message.content)
-            return Candidate(self.merging_weight(weight), blob, base.read(blob))
+            content = reply.message.content
+            _, _, weight = weight_of(content, self.weighted_by_key)
+            _, parts = update_of(content)
+            carried = find_carried(content)
+            if carried is not None:
+                base.read_carried(carried)
+            return Candidate(self.merging_weight(weight), parts, base.read(parts), carried or b"")
 
         def tell(rule: SignAgreementFilter, similarities: list[Similarity]) -> None:
             tell_similarities(rule, server_round, similarities, self.observer)
@@ -182,6 +199,8 @@ class ComPEFTStrategy(FedAvg):
                 if found.reason is not None:
                     raise CompeftError(found.reason)
                 accumulator.add(found.update, found.weight)
+                carried = base.read_carried(found.carried) if found.carried else {}
+                average.add(carried, found.weight, who=reply.node_id)
             except CompeftError as error:
                 self._outcomes.set_aside(reply, describe(error))
             else:
@@ -189,7 +208,7 @@ class ComPEFTStrategy(FedAvg):
                 self._outcomes.take(reply)
             del reply, found  # before the next one is pulled
         self._outcomes.log()
-        return self._merge(server_round, base, accumulator), metrics.result()
+        return self._merge(server_round, base, accumulator, average), metrics.result()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -225,7 +244,9 @@ class ComPEFTStrategy(FedAvg):
         own = (getattr(getattr(self, name), "__func__", None) for name in names)
         return list(own) != [getattr(ComPEFTStrategy, name) for name in names]
 
-    def _merge(self, server_round: int, base: Base, accumulator: Accumulator) -> ArrayRecord:
+    def _merge(
+        self, server_round: int, base: Base, accumulator: Accumulator, average: CarriedAverage
+    ) -> ArrayRecord:
         if not accumulator.count:
             if self.fraction_train > 0:
                 LOGGER.warning(
@@ -234,7 +255,9 @@ class ComPEFTStrategy(FedAvg):
                 )
             return base.arrays
         try:
-            return base.moved_by(accumulator.result())
+            arrays = base.moved_by(accumulator.result(), average.result())
+            _say_of_carried(server_round, average)
+            return arrays
         except CompeftError as error:
             LOGGER.warning(
                 "round %d: the merge cannot be used; the global adapter stays as it was: %s",
@@ -254,3 +277,26 @@ class ComPEFTStrategy(FedAvg):
             metrics.add(key, record)
         except CompeftError as error:
             LOGGER.warning("the metrics of node %d are left out: %s", reply.node_id, error)
+
+
+def _say_of_carried(server_round: int, average: CarriedAverage) -> None:
+    """Name who has gone too far, and the tensors that should be the same on all nodes."""
+    by_node: dict[int, list[str]] = {}
+    for node_id, name in average.shortened:
+        by_node.setdefault(node_id, []).append(name)
+    for node_id, names in by_node.items():
+        LOGGER.warning(
+            "round %d: node %d moves %d carried tensors by over %g times the median, %r first; "
+            "their changes are shortened",
+            server_round,
+            node_id,
+            len(names),
+            _MOST_MEDIANS,
+            names[0],
+        )
+    for name in average.disputed:
+        LOGGER.warning(
+            "round %d: nodes do not agree on the integers or Booleans of %r; the majority's hold",
+            server_round,
+            name,
+        )

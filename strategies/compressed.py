@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
 
 from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.exchange.records import LOGGER, array_records, metric_records
-from compeft_fl.server.broadcast import Base, Broadcaster, conform
+from compeft_fl.exchange.records import (
+    CARRIED_KEY,
+    LOGGER,
+    array_records,
+    find_carried,
+    metric_records,
+)
+from compeft_fl.merging.carried import CarriedAverage
+from compeft_fl.server.base import Base, conform
+from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.inner_state import restore_state, state_of
-from compeft_fl.server.intake import Reply, update_of, weight_of
+from compeft_fl.server.intake import Reply, num_array_bytes, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, signature
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, SizedArrays
 from compeft_fl.server.rounds import Checkpointing, run_rounds
+from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["Compressed"]
 
@@ -44,6 +55,9 @@ class Compressed(Strategy):
         Is told of each message. Default: a `RoundCounts`.
     downlink : DownlinkOptions, optional
         How the global adapter goes down. Default: compressed, in versions.
+    tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
+        As `ComPEFTStrategy`. What the inner strategy makes of carried tensors is kept within what
+        nodes sent; of those that are left, it is not kept.
 
     Raises
     ------
@@ -62,6 +76,7 @@ class Compressed(Strategy):
         *,
         observer: RoundObserver | None = None,
         downlink: DownlinkOptions | None = None,
+        tensors: TensorPolicy | Mapping[str, str] | None = None,
     ) -> None:
         from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 
@@ -71,10 +86,12 @@ class Compressed(Strategy):
             )
         self.inner = inner
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
-        self._broadcaster = Broadcaster(self.observer, downlink)
+        self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._arrays: ArrayRecord | None = None
         self._sent: dict[int, Base] = {}
+        self._carried: dict[int, dict[str, NDArray[Any]]] = {}
+        self._touched: NDArray[np.bool_] | None = None
         self._messages: dict[int, Message] = {}
 
     def summary(self) -> None:
@@ -119,16 +136,17 @@ class Compressed(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the inner strategy makes of the expanded replies."""
-        if self._arrays is None:
-            raise ParameterError("expected configure_train before aggregate_train")
+        base = self._base_of_round()
+        self._carried.clear()
+        self._touched = None
         usable = self._usable("train", server_round, replies)
         arrays, metrics = self.inner.aggregate_train(server_round, usable)
         if arrays is None:
             if self._sent:
                 LOGGER.warning("round %d: the global adapter stays as it was", server_round)
-            return self._arrays, metrics
+            return base.arrays, metrics
         try:
-            return conform(arrays, self._arrays), metrics
+            return self._conformed(arrays), metrics
         except CompeftError as error:
             LOGGER.warning(
                 "round %d: what %s made cannot be used, the global adapter stays as it was: %s",
@@ -156,6 +174,24 @@ class Compressed(Strategy):
             server_round, self._usable("evaluate", server_round, replies)
         )
 
+    def _conformed(self, arrays: ArrayRecord) -> ArrayRecord:
+        """What the inner strategy made, as the adapter was; carried tensors within what was sent.
+
+        An optimizer's step on a variance or a counter, or a mean of indices, makes no sense.
+        """
+        base = self._base_of_round()
+        average = CarriedAverage(base.apart.carried)
+        for carried in self._carried.values():
+            average.add(carried)
+        return conform(
+            arrays, base, average, exact=not _adds_noise(self.inner), touched=self._touched
+        )
+
+    def _base_of_round(self) -> Base:
+        if self._arrays is None:
+            raise ParameterError("expected configure_train before aggregate_train")
+        return self._broadcaster.base(self._arrays)
+
     def _usable(self, kind: str, server_round: int, replies: Iterable[Message]) -> list[Message]:
         """Replies as the inner strategy knows them: with ordinary arrays, or with an error."""
         outcomes = self._outcomes
@@ -178,6 +214,7 @@ class Compressed(Strategy):
                 outcomes.take(reply)
                 usable.append(reply.message)
             else:
+                self._carried.pop(reply.node_id, None)
                 reason = "its records or metrics have other keys than those of most replies"
                 outcomes.set_aside(reply, reason)
         outcomes.log()
@@ -194,12 +231,19 @@ class Compressed(Strategy):
 
     def _expand(self, node_id: int, content: RecordDict) -> RecordDict:
         """A reply's content with ordinary arrays: those that were sent, plus the Update."""
-        key, blob = update_of(content)
+        key, parts = update_of(content)
         if node_id not in self._sent:
             raise ParameterError("expected a reply from a node that was sent the adapter")
         base = self._sent[node_id]
-        arrays = base.moved_by(base.read(blob).to_task_vector())
-        return RecordDict({**content, key: SizedArrays(arrays, content[key].count_bytes())})
+        blob = find_carried(content)
+        carried = {} if blob is None else base.read_carried(blob)
+        change = base.read(parts).to_task_vector()
+        moves: Any = np.asarray(change.values != 0)
+        self._touched = moves if self._touched is None else self._touched | moves
+        self._carried[node_id] = carried  # so that what is made of them stays within what was sent
+        others = {k: v for k, v in content.items() if k != CARRIED_KEY}
+        arrays = SizedArrays(base.moved_by(change, carried), num_array_bytes(content))
+        return RecordDict({**others, key: arrays})
 
     def _signature(self, content: RecordDict) -> Signature:
         """What must be the same in all replies for Flower's strategies; metrics are checked."""
@@ -210,5 +254,10 @@ class Compressed(Strategy):
             weight_of(content, weight_key)
         for metrics in metric_records(content).values():
             check_metrics(metrics)
-        arrays = tuple(array_records(content))
+        arrays = tuple(key for key in array_records(content) if key != CARRIED_KEY)
         return arrays, *(signature(key, m) for key, m in metric_records(content).items())
+
+
+def _adds_noise(strategy: Strategy) -> bool:
+    """Is this one of Flower's for differential privacy? What nodes sent must not show behind it."""
+    return any(c.__name__.startswith("DifferentialPrivacy") for c in type(strategy).__mro__)

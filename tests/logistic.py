@@ -113,7 +113,7 @@ def forged(
     found = find_update(reply.content) if reply.has_content() else None
     if found is None:
         return reply
-    key, blob = found
+    key, (blob,) = found
     update = change(decode(blob, layout=layout))
     codec = "golomb" if isinstance(update, TernaryVector) else "dense"
     version = inspect(blob, layout=layout).base_version

@@ -115,6 +115,44 @@ def test_who_disagrees_is_known():
     assert average.disputed == ["index"]
 
 
+def bounded(*changes: float, base: float = 0.0) -> tuple[float, list]:
+    average = CarriedAverage({"x": np.full(4, base)}, most=4)
+    for who, change in enumerate(changes):
+        average.add({"x": np.full(4, base + change)}, who=who)
+    return float(average.result()["x"][0]), average.shortened
+
+
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("lie", [1e300, -1e9, 1.7e308])
+def test_one_node_of_ten_moves_a_mean_by_little(at, lie):
+    honest = [1, 2, 1, 1, 2, 1, 2, 1, 1]
+    mean, shortened = bounded(*honest[:at], lie, *honest[at:])
+    assert abs(mean - 12 / 10) <= 4 * 1 / 10 * 2
+    assert shortened == [(at, "x")]
+
+
+def test_of_what_hardly_any_node_changes_one_cannot_make_anything():
+    mean, shortened = bounded(*[0] * 9, 1e9, base=1.0)
+    assert mean == pytest.approx(1.1)
+    assert shortened == [(9, "x")]
+    assert bounded(*[0] * 9, 1e9) == (0, [(9, "x")])
+
+
+def test_honest_differences_are_left_alone():
+    assert bounded(1, 2, 3, 4, 5) == (3, [])
+    assert bounded(1, 100)[0] == 50.5  # too few to say what is usual
+    assert bounded(0, 1, 0, 2, 0, 0, 3, 0, 0)[0] == pytest.approx(6 / 9)
+
+
+def test_memory_does_not_grow_with_the_nodes():
+    average = CarriedAverage({"x": np.zeros(4)}, most=4)
+    for node in range(1000):
+        average.add({"x": np.full(4, 1.0 + node % 3)})
+    (total,) = average._sums.values()
+    assert not total._first
+    assert len(total._distances) == 101
+
+
 @pytest.mark.parametrize("weight", [0, -1, np.inf, np.nan])
 def test_weights(weight):
     with pytest.raises(ParameterError, match="positive"):
@@ -230,6 +268,12 @@ def blob(**tensors: np.ndarray) -> bytes:
 def test_nothing_of_a_reply_is_trusted(bytes_, error, said):
     with pytest.raises(error, match=said):
         apart().read(bytes_)
+
+
+def test_a_variance_below_zero_counts_as_zero():
+    found = apart().read(blob(_1=np.array([-3, 2], "f4"), _5=np.array([-3.0])))
+    assert found["bn.running_var"].tolist() == [0, 2]
+    assert found["double"].tolist() == [-3]
 
 
 @given(st.binary(max_size=200), st.integers(0, 60), st.integers(0, 255))

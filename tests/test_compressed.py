@@ -18,7 +18,7 @@ from local_grid import LocalGrid, node_ids
 from compeft_fl.compeft import compress
 from compeft_fl.errors import LayoutError, NonFiniteError, NoUsableReplyError, ParameterError
 from compeft_fl.mod import CompressionMod
-from compeft_fl.server.broadcast import conform
+from compeft_fl.server.base import Base, conform
 from compeft_fl.strategies import ComPEFTAverage, Compressed, DownlinkOptions
 from compeft_fl.task_vector import TaskVector
 
@@ -90,7 +90,7 @@ def reference(inner: Strategy, rounds: int, nodes=NODES) -> dict:
     for server_round in range(1, rounds + 1):
         messages = inner.configure_train(server_round, record, ConfigRecord(), grid)
         made, _ = inner.aggregate_train(server_round, grid.send_and_receive(list(messages)))
-        record = conform(made, record)
+        record = conform(made, Base(record, 0))
         list(inner.configure_evaluate(server_round, record, ConfigRecord(), grid))  # samples too
     return tiny.state_of(record)
 
@@ -376,7 +376,10 @@ def test_only_strategies_that_read_ordinary_arrays_can_be_wrapped(inner):
 
 def test_bad_initial_arrays_are_rejected_before_any_message():
     grid = compressed_grid()
-    for array, error in [(np.zeros(2), LayoutError), (np.full(2, np.nan, "f4"), NonFiniteError)]:
+    for array, error in [
+        (np.zeros(2, int), LayoutError),
+        (np.full(2, np.nan, "f4"), NonFiniteError),
+    ]:
         with pytest.raises(error):
             Compressed(FedAvg()).start(grid, ArrayRecord({"w": Array(array)}))
     assert grid.sent == []

@@ -37,7 +37,7 @@ def test_an_update_is_one_array_and_is_found():
     record = update_record(b"bytes", 7)
     assert [(array.stype, array.shape) for array in record.values()] == [(STYPE, (7,))]
     content = RecordDict({"other": tiny.arrays(), "model": record})
-    assert find_update(content) == ("model", b"bytes")
+    assert find_update(content) == ("model", (b"bytes",))
     assert find_update(RecordDict({"other": tiny.arrays()})) is None
 
 

@@ -200,9 +200,9 @@ def test_an_unexpected_error_stops_no_round(caplog, monkeypatch):
         calls.append(blob)
         if len(calls) == 2:
             raise RecursionError("a mistake")
-        return cf.decode(blob, layout=self.layout)
+        return cf.decode(blob[0], layout=self.layout)
 
-    monkeypatch.setattr("compeft_fl.server.broadcast.Base.read", read)
+    monkeypatch.setattr("compeft_fl.server.base.Base.read", read)
     start(strategy, grid_of(CompressionMod()))
     assert strategy.observer.train[1].replies == 3
     assert "RecursionError: a mistake" in caplog.text
@@ -352,8 +352,9 @@ def test_scaling_scales():
 @pytest.mark.parametrize(
     ("state", "error", "said"),
     [
-        ({"w": np.zeros(3)}, LayoutError, "found float64 in tensor 'w'"),
-        ({"n": np.zeros(3, np.int64)}, LayoutError, "found int64 in tensor 'n'"),
+        ({"w": np.zeros(3, "c8")}, LayoutError, "found complex64 in tensor 'w'"),
+        ({"w": np.full(3, 1e39)}, NonFiniteError, "found inf in tensor 'w'"),
+        ({"n": np.zeros(3, np.int64)}, LayoutError, "found none to train"),
         ({"w": np.array([0, np.inf], np.float32)}, NonFiniteError, "found inf in tensor 'w'"),
         ({}, LayoutError, "expected a global adapter with parameters, found none"),
     ],

@@ -14,37 +14,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 
 from compeft_fl import codecs
+from compeft_fl.client.changes import Received, changes_in
 from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import check_density, check_scale, check_support, compress
-from compeft_fl.errors import CompeftError, LayoutError, ParameterError, ResyncError, StateError
+from compeft_fl.errors import CompeftError, ParameterError, ResyncError, StateError
+from compeft_fl.exchange.carried import Apart, follow_apart
 from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.exchange.protocol import Answer, Offer, follow, settle, update_id
 from compeft_fl.exchange.records import (
+    CARRIED_KEY,
     EXCHANGE_KEY,
     LOGGER,
     answer_record,
     array_records,
+    carried_record,
+    find_carried,
     find_offer,
     find_update,
     to_arrays,
-    to_state,
     unflatten,
     update_record,
 )
 from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay
-from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.wire.messages import decode, encode, inspect
+from compeft_fl.task_vector import TaskVector
+from compeft_fl.tensor_policy import TensorPolicy
+from compeft_fl.wire.messages import MAX_BODY_BYTES, decode_parts, encode_parts, inspect
 
 __all__ = ["CompressionMod"]
 
@@ -53,21 +58,13 @@ _MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not e
 CallNext = Callable[[Message, Context], Message]
 
 
-@dataclass(frozen=True)
-class _Received:
-    """The adapter that a message brought: what the reply's task vector is relative to."""
-
-    records: dict[str, dict[str, Array]]  # by key of the ArrayRecord, as the ClientApp sees them
-    layout: Layout | None  # the server's; None where the arrays came without an Update
-    version: int
-
-
 class CompressionMod:
     """Expand the adapter that a message brings, and compress what training changed in the reply.
 
     On the way in, Updates are replaced by an ordinary ArrayRecord (one Array per tensor); ordinary
     ArrayRecords, as stock strategies send them, stay as they are. On the way out of training, the
-    reply's ArrayRecord is replaced by one Array with the Update of returned - received weights.
+    reply's ArrayRecord is replaced by one Array with the Update of returned - received weights, and
+    one with the carried tensors that have changed, see `compeft_fl.tensor_policy.TensorPolicy`.
     Replies to other messages, error replies and replies without arrays are not touched.
 
     What a node must remember from round to round, its residual and its copy of the global adapter,
@@ -98,6 +95,10 @@ class CompressionMod:
         Takes the Context, gives the adapter that the federation starts from (names to arrays), as
         this node makes it by itself, from the seed. Where it is the server's, bit for bit, nothing
         is sent at first contact.
+    tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
+        Patterns of names of this node's own, above all of its personal tensors, which it does not
+        send (``{"head.*": "left"}``). What is trained and what is carried, the server's strategy
+        says. A tensor that the train function does not return is left, too.
     state_dir : path, optional
         The state folder. Default: the node config's ``state-dir``, then the environment's
         ``COMPEFT_FL_STATE_DIR``, then ``~/.local/state/compeft_fl``.
@@ -130,6 +131,7 @@ class CompressionMod:
         codec: str = "golomb",
         link_mbps: float | None = None,
         initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
+        tensors: TensorPolicy | Mapping[str, str] | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
         check_density(density)
@@ -144,6 +146,8 @@ class CompressionMod:
         self._sends_dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.support, self.residual_decay = support, residual_decay
         self._initial_adapter = initial_adapter
+        self.tensors = TensorPolicy.of(tensors)
+        self._left: list[str] = []  # what the log has named
         self._state_dir = state_dir
 
     def __call__(self, msg: Message, context: Context, call_next: CallNext) -> Message:
@@ -175,27 +179,32 @@ class CompressionMod:
         """A message of a server that knows what this node has."""
         trains = _trains(msg)
         state, kept = memory.state, _version(memory.state)
+        carried = _carried_version(memory.state)
         decoding, building = _Watch(), _Watch()
         try:
             with decoding:
-                replica = follow(state, offer, shipment, lambda: self._initial(context, building))
+                apart = _followed(state, offer, find_carried(msg.content))
+                replica = follow(
+                    state, offer, shipment, lambda: self._initial(context, building, apart)
+                )
             if trains:
                 state = _settled(state, offer)
         except ResyncError as error:
             LOGGER.info("CompressionMod: asks for what it lacks: %s", error)
             last = memory.state.trained, memory.state.taken
-            answer = answer_record(Answer(kept, *last, resync=str(error)))
+            answer = answer_record(Answer(kept, *last, resync=str(error), carried=carried))
             return Message(RecordDict({EXCHANGE_KEY: answer}), reply_to=msg)
-        state = state.following(replica)
+        state = state.following(replica, apart)
 
-        arrays = to_arrays(unflatten(TaskVector(replica.layout, replica.values)))
-        received = _Received({key: dict(arrays)}, replica.layout, offer.version)
+        arrays = _whole(TaskVector(replica.layout, replica.values), apart)
+        received = Received({key: dict(arrays)}, replica.layout, offer.version, apart)
         # A content of its own: in one process, several nodes' messages can share theirs.
-        others = {name: record for name, record in msg.content.items() if name != EXCHANGE_KEY}
+        ours = EXCHANGE_KEY, CARRIED_KEY
+        others = {name: record for name, record in msg.content.items() if name not in ours}
         msg.content = RecordDict({**others, key: arrays})
         reply = call_next(msg, context)
         if reply.has_error():
-            memory.save(memory.state.following(replica))
+            memory.save(memory.state.following(replica, apart))
             return reply
         encoding, sent = _Watch(), NO_UPDATE
         if trains and array_records(reply.content):
@@ -203,10 +212,10 @@ class CompressionMod:
                 state = self._compress_outgoing(received, reply, state, offer.version)
             sent = state.trained
         if memory.save(state):
-            kept = replica.version
+            kept, carried = replica.version, _carried_version(state)
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
-        answer = answer_record(Answer(kept, sent, seconds=seconds))
+        answer = answer_record(Answer(kept, sent, seconds=seconds, carried=carried))
         reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
         return reply
 
@@ -227,13 +236,14 @@ class CompressionMod:
         return reply
 
     def _compress_outgoing(
-        self, received: _Received, reply: Message, state: NodeState, version: int
+        self, received: Received, reply: Message, state: NodeState, version: int
     ) -> NodeState:
         """Replace the trained arrays by the Update that they are; the state with what is left."""
-        key, tau = _task_vector(received, reply)
-        residual = None
+        changes = changes_in(reply, received, self.tensors)
+        self._say_left(changes.left)
+        tau, residual = changes.tau, None
         if self._sends_dense:
-            blob = self._encode(tau, version)
+            parts = self._encode(tau, version)
         elif self.error_feedback:
             fits = state.layout in {None, tau.layout}
             if not fits:
@@ -246,30 +256,49 @@ class CompressionMod:
                 decay=self.residual_decay,
             )
             update = feedback.compress(tau)
-            blob = self._encode(update, version)
+            parts = self._encode(update, version)
             residual = feedback.residual
             _log_pressure(feedback)
         else:
             update = compress(tau, self.density, self.scale, self.support)
-            blob = self._encode(update, version)
-        reply.content = RecordDict({**reply.content, key: update_record(blob, tau.num_parameters)})
-        LOGGER.debug("CompressionMod: %d parameters, %d bytes", tau.num_parameters, len(blob))
-        return replace(state, layout=tau.layout).after_training(update_id(blob), residual)
+            parts = self._encode(update, version)
+        content = {**reply.content, changes.key: update_record(parts, tau.num_parameters)}
+        if changes.carried is not None:
+            content[CARRIED_KEY] = carried_record(changes.carried)
+        reply.content = RecordDict(content)
+        LOGGER.debug(
+            "CompressionMod: %d parameters, %d bytes", tau.num_parameters, sum(map(len, parts))
+        )
+        return replace(state, layout=tau.layout).after_training(update_id(parts), residual)
 
-    def _encode(self, update: Update, version: int) -> bytes:
-        return encode(
+    def _encode(self, update: Update, version: int) -> list[bytes]:
+        return encode_parts(
             update,
             self.codec,
             link_mbps=self.link_mbps,
             layout_by_id=True,
             base_version=version,
+            max_body_bytes=MAX_BODY_BYTES,
         )
 
-    def _initial(self, context: Context, watch: _Watch) -> TaskVector:
+    def _initial(self, context: Context, watch: _Watch, apart: Apart | None) -> TaskVector:
         if self._initial_adapter is None:
             raise ResyncError("this node has no adapter of this federation")
         with watch:
-            return TaskVector.from_dict(dict(self._initial_adapter(context)))
+            state = dict(self._initial_adapter(context))
+            return TaskVector.from_dict(state if apart is None else apart.trained(state))
+
+    def _say_left(self, names: list[str]) -> None:
+        """One line in the log about tensors that are not sent, and not in each round."""
+        if names and names != self._left:
+            self._left = names
+            LOGGER.info(
+                "CompressionMod: %d tensors that came are not returned, or are left by a rule, and "
+                "count as unchanged: %s%s",
+                len(names),
+                ", ".join(names[:5]),
+                ", ..." if len(names) > 5 else "",
+            )
 
 
 class _Watch:
@@ -306,6 +335,23 @@ def _version(state: NodeState) -> int:
     return NOTHING if state.replica is None else state.replica.version
 
 
+def _carried_version(state: NodeState) -> int:
+    return NOTHING if state.apart is None else state.apart.version
+
+
+def _followed(state: NodeState, offer: Offer, blob: bytes | None) -> Apart | None:
+    """The tensors beside the task vector at the offer's version; None: it says of none."""
+    if offer.carried == NOTHING:
+        return None
+    return follow_apart(state.apart, blob, offer.carried, offer.carried_digest)
+
+
+def _whole(adapter: TaskVector, apart: Apart | None) -> ArrayRecord:
+    """What the ClientApp sees: a flat adapter, and the tensors beside it, in their order."""
+    trained = unflatten(adapter)
+    return to_arrays(trained if apart is None else apart.whole(trained))
+
+
 def _settled(state: NodeState, offer: Offer) -> NodeState:
     """See `settle`; a state that lost what was left to send goes on without."""
     try:
@@ -315,46 +361,21 @@ def _settled(state: NodeState, offer: Offer) -> NodeState:
         return state.without_residual(offer.taken)
 
 
-def _expand_incoming(msg: Message) -> _Received:
+def _expand_incoming(msg: Message) -> Received:
     """Replace an Update that says all by the arrays that it stands for."""
     found = find_update(msg.content)
     if found is None:
         # Copies of the records: a ClientApp may empty those that it gets.
         plain = {key: dict(record) for key, record in array_records(msg.content).items()}
-        return _Received(plain, None, 0)
-    key, blob = found
-    header, adapter = inspect(blob), decode(blob).to_task_vector()
-    arrays = to_arrays(unflatten(adapter))
-    msg.content = RecordDict({**msg.content, key: arrays})
-    return _Received({key: dict(arrays)}, adapter.layout, header.base_version)
-
-
-def _task_vector(received: _Received, reply: Message) -> tuple[str, TaskVector]:
-    """What training changed, and the key of the reply's record that says so."""
-    returned = array_records(reply.content)
-    keys = list(returned) if len(returned) == 1 else [k for k in returned if k in received.records]
-    if len(keys) != 1:
-        raise LayoutError(
-            f"expected one ArrayRecord in the reply, or one under the key that it came with "
-            f"({', '.join(received.records)}); found {', '.join(returned)}"
-        )
-    key = keys[0]
-    if find_update(RecordDict({key: returned[key]})) is not None:
-        raise LayoutError(
-            "expected trained weights in the reply, found an Update: is CompressionMod there twice?"
-        )
-    if key not in received.records and len(received.records) > 1:
-        raise LayoutError(
-            f"expected an ArrayRecord under one of {', '.join(received.records)} in the reply, "
-            f"found {key}"
-        )
-    before = to_state(received.records.get(key) or next(iter(received.records.values())))
-    after = to_state(returned[key])
-    if list(after) == [str(index) for index in range(len(before))]:
-        # ArrayRecord(list of arrays) has numbers for names; Flower's users return such.
-        after = dict(zip(before, after.values(), strict=True))
-    tau = TaskVector.between(before, after)
-    return key, tau if received.layout is None else TaskVector(received.layout, tau.values)
+        return Received(plain, None, 0)
+    key, parts = found
+    header, adapter = inspect(parts[0]), decode_parts(parts).to_task_vector()
+    blob = find_carried(msg.content)
+    apart = None if blob is None else Apart.from_bytes(blob, header.base_version)
+    arrays = _whole(adapter, apart)
+    others = {name: record for name, record in msg.content.items() if name != CARRIED_KEY}
+    msg.content = RecordDict({**others, key: arrays})
+    return Received({key: dict(arrays)}, adapter.layout, header.base_version, apart)
 
 
 def _failure(msg: Message, error: CompeftError) -> Message:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError, NonFiniteError, ResyncError
 from compeft_fl.merging.carried import same
-from compeft_fl.tensor_policy import LEFT, TRAINED, TensorPolicy
+from compeft_fl.tensor_policy import LEFT, TRAINED, TensorPolicy, is_variance
 
 __all__ = ["Apart", "Place", "Versions", "check_like", "follow_apart"]
 
@@ -237,6 +237,8 @@ class Apart:
                 raise MalformedError(f"expected Booleans of 0 and 1 in tensor {place.name!r}")
             if finite:
                 _check_finite(place.name, value)
+                if is_variance(place.name) and value.dtype.kind == "f":
+                    value = np.maximum(value, 0)  # noise for privacy may have made it negative
             values[place.name] = value
         return values
 

@@ -14,12 +14,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
+from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.task_vector import Layout, TensorSpec
 
@@ -33,6 +35,7 @@ NO_UPDATE = b""  # the id of what has never been sent
 STATE_FILE = "state.safetensors"
 LOCK_FILE = "lock"
 _FORMAT = "compeft-fl node state 2"
+_APART = "apart"  # where a file has the tensors beside the task vector, and their version
 _MAX_ID = 64  # bytes of an update's id
 _MAX_VERSION = 2**63 - 1
 
@@ -57,6 +60,8 @@ class NodeState:
         What is left to send if the update of ``trained`` is taken.
     trained : bytes
         The id of the last update; `NO_UPDATE` if its fate is known.
+    apart : Apart or None
+        The tensors beside the task vector, at their version; None: there are none.
     """
 
     layout: Layout | None = None
@@ -65,6 +70,7 @@ class NodeState:
     taken: bytes = NO_UPDATE
     next_residual: Residual = None
     trained: bytes = NO_UPDATE
+    apart: Apart | None = None
 
     def settled(self, taken: bytes) -> NodeState:
         """The state once the server has said which update it took last; `NO_UPDATE`: none.
@@ -89,13 +95,13 @@ class NodeState:
             f"{_named(self.taken)} and {_named(self.trained)}: does another node use it?"
         )
 
-    def following(self, replica: Replica) -> NodeState:
+    def following(self, replica: Replica, apart: Apart | None = None) -> NodeState:
         """The state with a new replica; for another layout, nothing else of it holds."""
-        if replica is self.replica:
+        if replica is self.replica and apart is self.apart:
             return self
         if self.layout not in {None, replica.layout}:
-            return NodeState(replica.layout, replica)
-        return replace(self, layout=replica.layout, replica=replica)
+            return NodeState(replica.layout, replica, apart=apart)
+        return replace(self, layout=replica.layout, replica=replica, apart=apart)
 
     def after_training(self, update: bytes, next_residual: Residual) -> NodeState:
         """The state with the update of this id on its way."""
@@ -103,7 +109,7 @@ class NodeState:
 
     def without_residual(self, taken: bytes) -> NodeState:
         """The state that has nothing left to send."""
-        return NodeState(self.layout, self.replica, taken=taken)
+        return NodeState(self.layout, self.replica, taken=taken, apart=self.apart)
 
 
 class StateFile:
@@ -200,13 +206,16 @@ class StateFile:
             "next_residual": state.next_residual,
         }
         tensors = state.layout.tensors if state.layout else ()
-        held = {name: array for name, array in arrays.items() if array is not None}
+        held: dict[str, NDArray[Any]] = {n: a for n, a in arrays.items() if a is not None}
+        if state.apart is not None:
+            held[_APART] = np.frombuffer(state.apart.to_bytes(), np.uint8)
         told = {
             "format": _FORMAT,
             "layout": json.dumps([(t.name, t.shape, t.dtype) for t in tensors]),
             "version": str(NOTHING if state.replica is None else state.replica.version),
             "taken": state.taken.hex(),
             "trained": state.trained.hex(),
+            **({} if state.apart is None else {_APART: str(state.apart.version)}),
         }
         told["checksum"] = _checksum(told, held)
         try:
@@ -228,12 +237,15 @@ def state_folder(root: Path, run: str, node: str) -> Path:
     return root / safe_name(run) / safe_name(node)
 
 
-def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> NodeState:
+def _state_of(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> NodeState:
     """The state that a file says, whose checksum is right; any error where it makes no sense."""
     tensors = json.loads(told["layout"])
     if not tensors:
         return NodeState()
     layout = Layout(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in tensors)
+    apart = None
+    if _APART in arrays:
+        apart = Apart.from_bytes(arrays.pop(_APART).tobytes(), int(told[_APART]))
     for name, array in arrays.items():
         if array.dtype != np.float32 or array.shape != (layout.num_parameters,):
             raise ValueError(
@@ -253,7 +265,7 @@ def _state_of(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> N
         raise ValueError("expected a version with the adapter, found none")
     replica = None if shared is None else Replica(layout, shared, version)
     return NodeState(
-        layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained
+        layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained, apart
     )
 
 
@@ -269,7 +281,7 @@ def safe_name(name: str) -> str:
     return f"{plain}-{hashlib.blake2b(name.encode(errors='replace'), digest_size=6).hexdigest()}"
 
 
-def _checksum(told: dict[str, str], arrays: dict[str, NDArray[np.float32]]) -> str:
+def _checksum(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> str:
     """BLAKE2b-128 of all that the file says."""
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(set(told) - {"checksum"}):

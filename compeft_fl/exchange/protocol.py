@@ -14,12 +14,12 @@ about itself, and a lie costs the liar alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from compeft_fl.errors import CompeftError, ResyncError
 from compeft_fl.exchange.downlink import Replica, Shipment
-from compeft_fl.exchange.node_state import NO_UPDATE, NodeState
+from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 
@@ -29,9 +29,12 @@ UNKNOWN = b"?"  # the server does not know this node, and so not what it took of
 UPDATE_ID_BYTES = 8
 
 
-def update_id(blob: bytes) -> bytes:
-    """8 bytes that stand for an encoded update: BLAKE2b-64."""
-    return hashlib.blake2b(blob, digest_size=UPDATE_ID_BYTES).digest()
+def update_id(parts: Iterable[bytes]) -> bytes:
+    """8 bytes that stand for an encoded update, all of its parts: BLAKE2b-64."""
+    digest = hashlib.blake2b(digest_size=UPDATE_ID_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class Offer:
     taken : bytes
         The id of the node's update that was taken last; `NO_UPDATE`: none was; `UNKNOWN`: this node
         has not been heard of.
+    carried : int
+        The version of the tensors beside the task vector; `NOTHING`: there are none.
+    carried_digest : bytes, 16
+        Of these.
     """
 
     federation: str
     version: int
     digest: bytes
     taken: bytes
+    carried: int = NOTHING
+    carried_digest: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Answer:
         Why it cannot follow; empty: it does.
     seconds : (float, float), optional
         What decoding the message took, and compressing and encoding the reply.
+    carried : int
+        The version that it has kept of the tensors beside the task vector; `NOTHING`: none.
     """
 
     version: int
@@ -81,6 +92,7 @@ class Answer:
     taken: bytes = NO_UPDATE
     resync: str = ""
     seconds: tuple[float, float] | None = None
+    carried: int = NOTHING
 
 
 def follow(

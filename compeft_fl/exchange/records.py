@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,18 +22,22 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError
 from compeft_fl.exchange.downlink import Shipment
+from compeft_fl.exchange.node_state import NOTHING
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.printable import PrintableFilter
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.wire.messages import STYPE
 
 __all__ = [
+    "CARRIED_KEY",
     "EXCHANGE_KEY",
     "LOGGER",
     "NUMPY_STYPE",
     "answer_record",
     "array_records",
+    "carried_record",
     "find_answer",
+    "find_carried",
     "find_offer",
     "find_update",
     "metric_records",
@@ -50,6 +54,7 @@ LOGGER = logging.getLogger("flwr.compeft_fl")
 LOGGER.addFilter(PrintableFilter())  # names, errors and metrics of nodes are a stranger's text
 
 EXCHANGE_KEY = "compeft_fl.exchange"  # the ConfigRecord of offers and answers
+CARRIED_KEY = "compeft_fl.carried"  # the ArrayRecord of what is not in the task vector
 
 _UPDATE_KEY = "update"
 
@@ -58,6 +63,7 @@ _SECONDS_KEY = "t"
 _SECONDS = struct.Struct("<2e")
 _LONGEST_SECONDS = 65504.0
 
+_CARRIED_STYPE = "safetensors"
 NUMPY_STYPE = "numpy.ndarray"
 _NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.float32}
 
@@ -102,28 +108,57 @@ def unflatten(adapter: TaskVector) -> dict[str, NDArray[Any]]:
         }
 
 
-def update_record(blob: bytes, num_parameters: int) -> ArrayRecord:
-    """An encoded Update as an ArrayRecord of one Array."""
-    return ArrayRecord({_UPDATE_KEY: Array("float32", (num_parameters,), STYPE, blob)})
+def update_record(blob: bytes | Sequence[bytes], num_parameters: int) -> ArrayRecord:
+    """An encoded Update, or all of its parts, as an ArrayRecord of one Array each."""
+    parts = (blob,) if isinstance(blob, bytes) else blob
+    return ArrayRecord(
+        {
+            f"{_UPDATE_KEY}-{index}" if index else _UPDATE_KEY: Array(
+                "float32", (num_parameters,), STYPE, part
+            )
+            for index, part in enumerate(parts)
+        }
+    )
 
 
-def find_update(content: RecordDict) -> tuple[str, bytes] | None:
-    """The Update that a message carries: the key of its ArrayRecord, and its bytes.
+def find_update(content: RecordDict) -> tuple[str, tuple[bytes, ...]] | None:
+    """The Update that a message carries: the key of its ArrayRecord, and the bytes of its parts.
 
     Raises
     ------
     MalformedError
-        More than one.
+        Updates in more than one record.
     """
-    found = [
-        (key, array.data)
+    found = {
+        key: tuple(array.data for array in record.values() if array.stype == STYPE)
         for key, record in array_records(content).items()
-        for array in record.values()
-        if array.stype == STYPE
-    ]
+    }
+    found = {key: parts for key, parts in found.items() if parts}
     if len(found) > 1:
         raise MalformedError(f"expected one Update in a message, found {len(found)}")
-    return found[0] if found else None
+    return next(iter(found.items()), None)
+
+
+def carried_record(blob: bytes) -> ArrayRecord:
+    """Tensors beside the task vector (`compeft_fl.exchange.carried`) as an ArrayRecord."""
+    return ArrayRecord({"values": Array("uint8", (len(blob),), _CARRIED_STYPE, blob)})
+
+
+def find_carried(content: RecordDict) -> bytes | None:
+    """The bytes of the tensors that a message carries beside its task vector; None: there are none.
+
+    Raises
+    ------
+    MalformedError
+        Something else under their key.
+    """
+    record = content.get(CARRIED_KEY)
+    if record is None:
+        return None
+    arrays = list(record.values()) if isinstance(record, ArrayRecord) else []
+    if len(arrays) != 1 or arrays[0].stype != _CARRIED_STYPE:
+        raise MalformedError(f"expected one Array of {_CARRIED_STYPE} under {CARRIED_KEY}")
+    return arrays[0].data
 
 
 def shipment_record(shipment: Shipment, num_parameters: int) -> ArrayRecord:
@@ -138,7 +173,10 @@ def shipment_record(shipment: Shipment, num_parameters: int) -> ArrayRecord:
 
 def offer_record(offer: Offer, key: str, kind: str) -> ConfigRecord:
     """What the server says: the offer, and under which key the shipment of this kind lies."""
-    return ConfigRecord({**asdict(offer), "key": key, "kind": kind})
+    told = asdict(offer)
+    if offer.carried == NOTHING:
+        del told["carried"], told["carried_digest"]
+    return ConfigRecord({**told, "key": key, "kind": kind})
 
 
 def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
@@ -156,7 +194,10 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
         told: dict[str, Any] = dict(record)
         key, kind = told.pop("key"), told.pop("kind")
         offer = Offer(**told)
-        _check_types(offer, federation=str, version=int, digest=bytes, taken=bytes)
+        _check_types(
+            offer, federation=str, version=int, digest=bytes, taken=bytes,
+            carried=int, carried_digest=bytes,
+        )  # fmt: skip
         arrays = content.get(key)
         found = arrays.values() if isinstance(arrays, ArrayRecord) else ()
         blobs = tuple(array.data for array in found if array.stype == STYPE)
@@ -173,6 +214,8 @@ def answer_record(answer: Answer) -> ConfigRecord:
     for key in ("update", "taken", "resync"):
         if getattr(answer, key):
             record[key] = getattr(answer, key)
+    if answer.carried != NOTHING:
+        record["carried"] = answer.carried
     if answer.seconds is not None:
         times = (min(seconds, _LONGEST_SECONDS) for seconds in answer.seconds)
         record[_SECONDS_KEY] = _SECONDS.pack(*times)
@@ -194,7 +237,7 @@ def find_answer(content: RecordDict) -> Answer | None:
         told: dict[str, Any] = dict(record)
         times = told.pop(_SECONDS_KEY, None)
         answer = Answer(**told, seconds=None if times is None else _unpacked(times))
-        _check_types(answer, version=int, update=bytes, taken=bytes, resync=str)
+        _check_types(answer, version=int, update=bytes, taken=bytes, resync=str, carried=int)
     except (TypeError, struct.error) as error:
         raise MalformedError(
             f"expected an answer in {EXCHANGE_KEY}, found another: {error}"

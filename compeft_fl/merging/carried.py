@@ -7,6 +7,8 @@ what it is, bit for bit.
 
 from __future__ import annotations
 
+import bisect
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 from compeft_fl.errors import ParameterError
 
 __all__ = ["CarriedAverage", "same"]
+
+_FEWEST_NODES = 5  # whose median says what is usual
+_NODES_OF_MEDIAN = 101  # the first of them, so that the memory does not grow with their number
 
 Values = Mapping[str, NDArray[Any]]
 
@@ -34,6 +39,15 @@ class CarriedAverage:
     ----------
     base : mapping of str to ndarray
         What the values were.
+    most : float, optional
+        How far a node may move a tensor that is averaged, in medians of how far nodes do (the norm
+        of the change); what goes further is shortened. A tensor that hardly any node changes moves
+        by its own norm at most. With fewer than five nodes there is no such bound; None: never.
+
+    Attributes
+    ----------
+    shortened : list of (who, str)
+        Nodes, as `add` was told, and their tensors.
 
     Examples
     --------
@@ -44,13 +58,14 @@ class CarriedAverage:
     {'mean': array([0.75, 0.75], dtype=float32), 'steps': array(9)}
     """
 
-    def __init__(self, base: Values) -> None:
-        self._sums = {
-            name: _Vote(value) if _is_voted_on(value) else _Mean(value)
+    def __init__(self, base: Values, *, most: float | None = None) -> None:
+        self.shortened: list[tuple[Any, str]] = []
+        self._sums: dict[str, _Vote | _Mean] = {
+            name: _Vote(value) if _is_voted_on(value) else _Mean(name, value, most, self.shortened)
             for name, value in base.items()
         }
 
-    def add(self, values: Values, weight: float = 1.0) -> None:
+    def add(self, values: Values, weight: float = 1.0, who: Any = None) -> None:
         """Take one node's values, of the shapes and types of the base's.
 
         Raises
@@ -62,7 +77,7 @@ class CarriedAverage:
             raise ParameterError(f"expected a positive, finite weight, found {weight}")
         for name, total in self._sums.items():
             value = values.get(name)
-            total.add(total.base if value is None else value, weight)
+            total.add(total.base if value is None else value, weight, who)
 
     def result(self) -> dict[str, NDArray[Any]]:
         """The merged values; the base's, the same objects, where nothing was changed."""
@@ -102,15 +117,63 @@ def _is_voted_on(value: NDArray[Any]) -> bool:
 class _Mean:
     """A running mean, with the least and the largest value in each place."""
 
-    def __init__(self, base: NDArray[Any]) -> None:
+    def __init__(
+        self, name: str, base: NDArray[Any], most: float | None, shortened: list[tuple[Any, str]]
+    ) -> None:
         self.base = base
+        self._name, self._most, self._shortened = name, most, shortened
+        self._first: list[tuple[NDArray[Any], float, Any]] = []  # until there is a median
+        self._distances: list[float] = []  # from the base, sorted; of the first nodes
         self._weight = 0.0
         self._mean: NDArray[np.float64] | None = None  # None: all were the base's
         self._low = self._high = base
 
-    def add(self, value: NDArray[Any], weight: float) -> None:
+    def add(self, value: NDArray[Any], weight: float, who: Any) -> None:
+        if same(value, self.base):
+            value = self.base
+        if self._most is None:
+            self._take(value, weight)
+            return
+        if len(self._distances) < _NODES_OF_MEDIAN:
+            bisect.insort(self._distances, self._distance(value))
+        self._first.append((value, weight, who))
+        if len(self._distances) >= _FEWEST_NODES:
+            self._take_first()
+
+    def _take_first(self) -> None:
+        """Take the values that have waited, within bounds where there are enough to compare."""
+        for value, weight, who in self._first:
+            if len(self._distances) >= _FEWEST_NODES:
+                value = self._within_bounds(value, who)
+            self._take(value, weight)
+        self._first.clear()
+
+    def _within_bounds(self, value: NDArray[Any], who: Any) -> NDArray[Any]:
+        changed = [distance for distance in self._distances if distance]
+        if self._most is None or value is self.base:
+            return value
+        if 3 * len(changed) >= len(self._distances):
+            bound = self._most * statistics.median_low(changed)
+        else:
+            bound = float(np.linalg.norm(self.base.astype(np.float64)))
+        distance = self._distance(value)
+        if distance <= bound:
+            return value
+        self._shortened.append((who, self._name))
+        part = bound / distance
+        near = self.base * np.float64(1 - part) + value * np.float64(part)
+        return near if self.base.dtype.kind == "f" else np.rint(near)
+
+    def _distance(self, value: NDArray[Any]) -> float:
+        if value is self.base:
+            return 0.0
+        with np.errstate(over="ignore"):
+            change = value.astype(np.float64) - self.base.astype(np.float64)
+            return float(np.linalg.norm(change))
+
+    def _take(self, value: NDArray[Any], weight: float) -> None:
         total = self._weight + weight
-        if self._mean is None and not same(value, self.base):
+        if self._mean is None and value is not self.base:
             self._mean = self.base.astype(np.float64)
             if not self._weight:
                 self._low = self._high = value
@@ -123,12 +186,16 @@ class _Mean:
         self._weight = total
 
     def within(self, value: NDArray[Any]) -> NDArray[Any]:
+        self._take_first()
         if self._weight and same(np.asarray(self._low), np.asarray(self._high)):
             return self.base if self._mean is None else np.asarray(self._low)
         low, high = np.minimum(self._low, self.base), np.maximum(self._high, self.base)
+        if self.base.dtype.kind != "f":
+            value = np.rint(value)
         return np.asarray(np.clip(value, low, high).astype(self.base.dtype))
 
     def result(self) -> NDArray[Any]:
+        self._take_first()
         if self._mean is None:
             return self.base
         dtype = self.base.dtype
@@ -150,7 +217,7 @@ class _Vote:
         self._leader: NDArray[Any] = base
         self._lead = 0.0
 
-    def add(self, value: NDArray[Any], weight: float) -> None:
+    def add(self, value: NDArray[Any], weight: float, who: Any) -> None:
         if self._lead and not same(value, self._leader):
             self.disputed = True
             if weight > self._lead:

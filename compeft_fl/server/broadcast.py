@@ -11,87 +11,41 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
-from numpy.typing import NDArray
 
-from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.errors import ParameterError
+from compeft_fl.exchange.carried import Apart, Versions
 from compeft_fl.exchange.downlink import Downlink, Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
 from compeft_fl.exchange.records import (
+    CARRIED_KEY,
     EXCHANGE_KEY,
     LOGGER,
     array_records,
+    carried_record,
     find_offer,
     offer_record,
     shipment_record,
-    to_arrays,
-    to_state,
     update_record,
 )
+from compeft_fl.server.base import Base
 from compeft_fl.server.downlink_options import DownlinkOptions, log_lag
 from compeft_fl.server.nodes import NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
-from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode, encode
+from compeft_fl.task_vector import TaskVector
+from compeft_fl.tensor_policy import TensorPolicy
+from compeft_fl.wire.messages import encode_parts
 
-__all__ = ["Base", "Broadcaster", "conform"]
+__all__ = ["Broadcaster"]
 
 _MAX_RESYNCS = 2  # of one node in one round
 _HUGE = 1e9  # no trained adapter has such a value
-
-
-class Base:
-    """The global adapter that a round's replies are relative to.
-
-    Parameters
-    ----------
-    arrays : flwr.app.ArrayRecord
-        One Array per tensor: theta.
-    version : int
-        What the nodes hold of it; replies must be relative to that version.
-
-    Raises
-    ------
-    LayoutError
-        Arrays that are no adapter's: not numpy's, or of another data type.
-    NonFiniteError
-        NaN or Inf; the message names the tensor.
-    """
-
-    def __init__(self, arrays: ArrayRecord, version: int) -> None:
-        self.arrays, self.version = arrays, version
-        self.state: dict[str, NDArray[Any]] = to_state(arrays)
-        self.adapter = TaskVector.from_dict(self.state)
-        if not self.adapter.num_parameters:
-            raise LayoutError("expected a global adapter with parameters, found none")
-        self.adapter.check_finite()
-        self.layout: Layout = self.adapter.layout
-
-    def read(self, blob: bytes) -> TernaryVector | TaskVector:
-        """A reply's Update, which must be for this adapter and relative to this version.
-
-        Raises
-        ------
-        WireError
-        """
-        return decode(blob, layout=self.layout, base_version=self.version)
-
-    def moved_by(self, change: TaskVector) -> ArrayRecord:
-        """The adapter plus a task vector, one Array per tensor, of the data types that it had.
-
-        Raises
-        ------
-        NonFiniteError
-            A value beyond what its tensor's data type holds; the message names the tensor.
-        """
-        with np.errstate(over="ignore"):
-            return _finite(change.apply(self.state))
 
 
 class Broadcaster:
@@ -101,14 +55,22 @@ class Broadcaster:
     ----------
     observer : RoundObserver
     options : DownlinkOptions, optional
+    policy : TensorPolicy, optional
+        Which tensors are trained, carried or left.
     """
 
-    def __init__(self, observer: RoundObserver, options: DownlinkOptions | None = None) -> None:
-        self._observer = observer
+    def __init__(
+        self,
+        observer: RoundObserver,
+        options: DownlinkOptions | None = None,
+        policy: TensorPolicy | None = None,
+    ) -> None:
+        self._observer, self._policy = observer, policy
         self.transfers = Transfers(observer)
         self.options = options or DownlinkOptions()
         self.federation = secrets.token_hex(8)
         self._downlink: Downlink | None = None
+        self._carried = Versions(Apart())
         self._base: Base | None = None
         self._nodes = NodeTable()
         self._restored = False
@@ -122,6 +84,7 @@ class Broadcaster:
         """Forget all versions and nodes: another federation begins."""
         self.federation = secrets.token_hex(8)
         self._downlink = self._base = None
+        self._carried = Versions(Apart())
         self._nodes, self._restored = NodeTable(), False
         self._resyncs.clear()
         self._shipments.clear()
@@ -137,11 +100,14 @@ class Broadcaster:
             As `Base`; arrays of another layout than before.
         """
         if self._base is None or self._base.arrays is not arrays:
-            base = Base(arrays, 0)
+            base = Base(arrays, 0, self._policy)
             started = time.perf_counter()
             if self._downlink is None:
                 self._downlink = self.options.make(base.adapter)
+                self._carried = Versions(base.apart)
+                self._say_carried(base)
             else:
+                self._carried.advance(base.apart)
                 self._downlink.advance(base.adapter)
                 log_lag(self._downlink, base.adapter, self._base.adapter if self._base else None)
             self.transfers.encoded(time.perf_counter() - started)
@@ -177,9 +143,9 @@ class Broadcaster:
         self.transfers.begin()
         size = base.layout.num_parameters
         addressed: dict[int, Base] = {}
-        sent: dict[tuple[int, int, bytes], tuple[RecordDict, RecordDict]] = {}
-        own_bases: dict[int, tuple[Base, ArrayRecord, int]] = {}
-        groups: dict[int, tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
+        sent: dict[tuple[int, int, int, bytes], tuple[RecordDict, RecordDict]] = {}
+        own_bases: dict[int, tuple[Base, dict[str, ArrayRecord], int]] = {}
+        groups: dict[tuple[int, int], tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
         for message in messages:
             records = array_records(message.content)
             node_id = message.metadata.dst_node_id
@@ -193,21 +159,24 @@ class Broadcaster:
                 )
             ((self._key, arrays),) = records.items()
             if arrays is not base.arrays and arrays != base.arrays:
-                own = own_bases.setdefault(id(arrays), _own(arrays, base.version))
-                message.content = RecordDict({**message.content, self._key: own[1]})
+                if id(arrays) not in own_bases:
+                    own_bases[id(arrays)] = self._own(arrays, base.version)
+                own = own_bases[id(arrays)]
+                message.content = RecordDict({**message.content, **own[1]})
                 addressed[node_id] = own[0]
                 self._observer.on_broadcast(server_round, kind, [node_id], own[2])
                 self.transfers.outgoing(server_round, kind, node_id, size, own[2])
                 continue
-            shipment, taken = self._for(node_id)
-            self.transfers.outgoing(server_round, kind, node_id, size, shipment.num_bytes)
+            shipment, carried, taken = self._for(node_id)
+            num_bytes = shipment.num_bytes + len(carried or b"")
+            self.transfers.outgoing(server_round, kind, node_id, size, num_bytes)
             content = message.content
-            same = (id(content), id(shipment), taken)
+            same = (id(content), id(shipment), id(carried), taken)
             if same not in sent:
                 # The old content stays referenced, so that no other gets its id.
-                sent[same] = content, self._content(content, shipment, taken)
+                sent[same] = content, self._content(content, shipment, carried, taken)
             message.content = sent[same][1]
-            groups.setdefault(id(shipment), (shipment.num_bytes, []))[1].append(node_id)
+            groups.setdefault(same[1:3], (num_bytes, []))[1].append(node_id)
             addressed[node_id] = base
             self._addressed.add(node_id)
         for num_bytes, nodes in groups.values():
@@ -253,15 +222,18 @@ class Broadcaster:
         unknown = offer.taken == UNKNOWN
         if attempts == 1 and unknown and answer.version != NOTHING:
             shipment = self._lacking(answer.version)  # it was here before, under another id
+            carried = self._carried.lacking(answer.carried)
         elif attempts == 1 and unknown and self._restored:
             shipment = self._lacking(self._start)  # it was sent an offer and nothing else
+            carried = self._carried.lacking(NOTHING)
         else:
-            shipment = self._snapshot()
-        self._observer.on_broadcast(server_round, "resync", [node_id], shipment.num_bytes)
-        size = self.num_parameters
-        self.transfers.outgoing(server_round, "resync", node_id, size, shipment.num_bytes)
+            shipment, carried = self._snapshot(), self._carried.lacking(NOTHING)
+        num_bytes = shipment.num_bytes + len(carried or b"")
+        self._observer.on_broadcast(server_round, "resync", [node_id], num_bytes)
+        self.transfers.outgoing(server_round, "resync", node_id, self.num_parameters, num_bytes)
         known, sent = self._nodes.get(node_id), question.metadata
-        content = self._content(question.content, shipment, known.taken if known else NO_UPDATE)
+        taken = known.taken if known else NO_UPDATE
+        content = self._content(question.content, shipment, carried, taken)
         return Message(content, node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
 
     @property
@@ -269,17 +241,20 @@ class Broadcaster:
         """The version that a node of which nothing is known can make by itself."""
         return 0 if self.options.first_contact == "seed" else None
 
-    def _for(self, node_id: int) -> tuple[Shipment, bytes]:
-        """What a node is sent, and which of its updates was taken last."""
+    def _for(self, node_id: int) -> tuple[Shipment, bytes | None, bytes]:
+        """What a node is sent, also of carried tensors, and which of its updates was taken last."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
         known = self._nodes.get(node_id)
-        if known is None:
+        if known is None and self._restored:
             # After a restart the nodes may have other ids, and have kept all but the last version.
-            first = Shipment("nothing") if self._restored else self._lacking(self._start)
-            return self._shared(first), UNKNOWN
+            return self._shared(Shipment("nothing")), None, UNKNOWN
+        if known is None:
+            first = self._shared(self._lacking(self._start))
+            return first, self._carried.lacking(NOTHING), UNKNOWN
         version = None if known.version == NOTHING else known.version
-        return self._shared(self._lacking(version)), known.taken
+        carried = self._carried.lacking(known.carried)
+        return self._shared(self._lacking(version)), carried, known.taken
 
     def _lacking(self, version: int | None) -> Shipment:
         """See `Downlink.lacking`; timed."""
@@ -301,15 +276,23 @@ class Broadcaster:
         """The same object for equal shipments, so that messages share their content."""
         return self._shipments.setdefault((shipment.kind, len(shipment.blobs)), shipment)
 
-    def _content(self, content: RecordDict, shipment: Shipment, taken: bytes) -> RecordDict:
+    def _content(
+        self, content: RecordDict, shipment: Shipment, carried: bytes | None, taken: bytes
+    ) -> RecordDict:
         """A message's content with a shipment in the place of its arrays."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
         offer = Offer(self.federation, self._downlink.version, self._downlink.digest, taken)
+        if self._carried.apart:
+            offer = replace(
+                offer, carried=self._carried.version, carried_digest=self._carried.digest
+            )
         others = {key: record for key, record in content.items() if key != self._key}
         others[EXCHANGE_KEY] = offer_record(offer, self._key, shipment.kind)
         if shipment.blobs:
             others[self._key] = self._record(shipment)
+        if carried is not None:
+            others[CARRIED_KEY] = carried_record(carried)
         return RecordDict(others)
 
     def _record(self, shipment: Shipment) -> ArrayRecord:
@@ -320,6 +303,31 @@ class Broadcaster:
             known = self._records[id(shipment)] = shipment, record
         return known[1]
 
+    def _own(self, arrays: ArrayRecord, version: int) -> tuple[Base, dict[str, ArrayRecord], int]:
+        """Arrays that are not the global adapter: a base of their own, and all that it is."""
+        base = Base(arrays, version, self._policy)
+        parts = encode_parts(base.adapter, "dense", base_version=version)
+        records = {self._key: update_record(parts, base.adapter.num_parameters)}
+        num_bytes = sum(map(len, parts))
+        if base.apart:
+            carried = base.apart.to_bytes()
+            records[CARRIED_KEY] = carried_record(carried)
+            num_bytes += len(carried)
+        return base, records, num_bytes
+
+    def _say_carried(self, base: Base) -> None:
+        """One line in the log about what is not compressed."""
+        carried, apart = base.apart.carried, base.apart
+        if apart.places:
+            LOGGER.info(
+                "%d tensors are carried as they are (%d bytes), %d are left to the nodes, "
+                "%d are trained",
+                len(carried),
+                sum(value.nbytes for value in carried.values()),
+                len(apart.places) - len(carried),
+                len(base.layout.tensors),
+            )
+
     # What a checkpoint keeps.
 
     def state(self) -> dict[str, Any]:
@@ -329,6 +337,7 @@ class Broadcaster:
         return {
             "federation": self.federation,
             "nodes": self._nodes.state(),
+            "carried": self._carried.state(),
             **self._downlink.state(),
         }
 
@@ -340,21 +349,16 @@ class Broadcaster:
         StateError
             What it says of nodes is not what this version writes.
         """
-        base = Base(arrays, int(state["version"]))
+        base = Base(arrays, int(state["version"]), self._policy)
         self._downlink = self.options.make(base.adapter)
         self._downlink.restore(state)
+        self._carried = Versions(base.apart)
+        self._carried.restore(state.get("carried", {}))
         self._base = base
         self.federation = str(state["federation"])
         self._nodes.restore(state["nodes"])
         self._restored = True
         _warn_of_huge_values(base.adapter)
-
-
-def _own(arrays: ArrayRecord, version: int) -> tuple[Base, ArrayRecord, int]:
-    """Arrays that are not the global adapter: a base of their own, and one Update that says all."""
-    base = Base(arrays, version)
-    blob = encode(base.adapter, "dense", base_version=version)
-    return base, update_record(blob, base.adapter.num_parameters), len(blob)
 
 
 def _warn_of_huge_values(adapter: TaskVector) -> None:
@@ -369,22 +373,3 @@ def _warn_of_huge_values(adapter: TaskVector) -> None:
                 tensor.name,
             )
             return
-
-
-def conform(arrays: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
-    """Arrays in the order and the data types of others (Flower's adaptive strategies make float64).
-
-    Raises
-    ------
-    LayoutError, NonFiniteError
-        Other names or shapes; values that are no numbers, or beyond their data type.
-    """
-    found, wanted = to_state(arrays), to_state(like)
-    Layout.of(wanted).check(found)
-    with np.errstate(over="ignore"):
-        return _finite({name: found[name].astype(old.dtype) for name, old in wanted.items()})
-
-
-def _finite(state: dict[str, NDArray[Any]]) -> ArrayRecord:
-    TaskVector.from_dict(state).check_finite()
-    return to_arrays(state)

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, LayoutError, StateError
+from compeft_fl.exchange.carried import check_like
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
-from compeft_fl.task_vector import Layout
 
 __all__ = ["Checkpoint", "CheckpointFolder", "alone_in"]
 
@@ -83,7 +83,7 @@ class Checkpoint:
     def check_like(self, arrays: ArrayRecord) -> None:
         """Raise StateError where the adapter is another than the one that was checkpointed."""
         try:
-            Layout.of(to_state(self.arrays)).check(to_state(arrays))
+            check_like(to_state(arrays), to_state(self.arrays))
         except LayoutError as error:
             raise StateError(f"the checkpoint is for another adapter: {error}") from None
 

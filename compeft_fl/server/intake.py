@@ -127,8 +127,8 @@ def num_array_bytes(content: RecordDict) -> int:
     )
 
 
-def update_of(content: RecordDict) -> tuple[str, bytes]:
-    """The Update of a reply: the key of its ArrayRecord, and its bytes.
+def update_of(content: RecordDict) -> tuple[str, tuple[bytes, ...]]:
+    """The Update of a reply: the key of its ArrayRecord, and the bytes of its parts.
 
     Raises
     ------

@@ -21,9 +21,10 @@ MAX_NODES = 1 << 16  # that are remembered
 
 @dataclass
 class Node:
-    """What is known of a node: the version that it keeps, and ids of updates of its."""
+    """What is known of a node: the versions that it keeps, and ids of updates of its."""
 
     version: int = NOTHING
+    carried: int = NOTHING  # version of the tensors beside the task vector
     taken: bytes = NO_UPDATE  # last
     sent: bytes = NO_UPDATE  # in the reply that is being read
 
@@ -46,7 +47,8 @@ class NodeTable:
         known = self._nodes.get(node_id)
         if known is None:
             known = self._nodes[node_id] = Node(taken=self._taken_of(answer))
-        known.version, known.sent = answer.version, answer.update
+        known.version, known.carried = answer.version, answer.carried
+        known.sent = answer.update
         self._nodes.move_to_end(node_id)
         while len(self._nodes) > MAX_NODES:
             self._nodes.popitem(last=False)
@@ -68,8 +70,11 @@ class NodeTable:
         return answer.taken
 
     def state(self) -> dict[str, list[Any]]:
-        """Version and last update by node id, as plain values for a checkpoint."""
-        return {str(i): [node.version, node.taken.hex()] for i, node in self._nodes.items()}
+        """Versions and last update by node id, as plain values for a checkpoint."""
+        return {
+            str(i): [node.version, node.taken.hex(), node.carried]
+            for i, node in self._nodes.items()
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave.
@@ -81,10 +86,10 @@ class NodeTable:
         """
         try:
             self._nodes = OrderedDict(
-                (int(node_id), Node(int(version), bytes.fromhex(taken)))
-                for node_id, (version, taken) in state.items()
+                (int(node_id), Node(int(version), int(carried), bytes.fromhex(taken)))
+                for node_id, (version, taken, carried) in state.items()
             )
         except (TypeError, ValueError) as error:
             raise StateError(
-                f"expected version and last update by node id, found another version's: {error}"
+                f"expected versions and last update by node id, found another version's: {error}"
             ) from None

@@ -30,7 +30,7 @@ from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import name_nodes
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode
+from compeft_fl.wire.messages import decode_parts
 
 __all__ = [
     "Candidate",
@@ -52,16 +52,19 @@ class Candidate(NamedTuple):
     Attributes
     ----------
     weight : float
-    blob : bytes
+    parts : tuple of bytes
         Its Update as it came; empty where a rule has had its say.
     update : TernaryVector or TaskVector
+    carried : bytes
+        The tensors beside it, as they came, see `compeft_fl.exchange.carried`; empty: none.
     reason : str or None
         Why a rule sets it aside.
     """
 
     weight: float
-    blob: bytes
+    parts: tuple[bytes, ...]
     update: Update
+    carried: bytes = b""
     reason: str | None = None
 
 
@@ -105,7 +108,7 @@ class _Entry:
     key: int
     weight: float
     position: int
-    sizes: tuple[int, int]  # of the metrics and of the Update
+    sizes: tuple[int, ...]  # of the metrics, the carried tensors, and the Update's parts
     norm: float
     largest: float  # scale; 0 for a dense update
     num_nonzeros: int
@@ -138,16 +141,16 @@ class _Screening:
 
     def add(self, reply: Reply, candidate: Candidate) -> None:
         """Count a reply's vote, and keep its bytes and metrics."""
-        weight, blob, update, _ = candidate
+        update = candidate.update
         records = metric_records(reply.message.content)
         told = json.dumps({key: dict(metrics) for key, metrics in records.items()}).encode()
         entry = _Entry(
-            reply.node_id, reply.num_bytes, reply.key, weight, self._spool.tell(),
-            (len(told), len(blob)), *_sizes(update),
+            reply.node_id, reply.num_bytes, reply.key, candidate.weight, self._spool.tell(),
+            (len(told), len(candidate.carried), *map(len, candidate.parts)), *_sizes(update),
         )  # fmt: skip
         try:
-            self._spool.write(told)
-            self._spool.write(blob)
+            for each in (told, candidate.carried, *candidate.parts):
+                self._spool.write(each)
         except OSError as error:
             self._spool.seek(entry.position)
             raise CompeftError(f"the reply cannot be kept until all have come: {error}") from None
@@ -215,14 +218,17 @@ class _Screening:
                 {key: MetricRecord(metrics) for key, metrics in told.items()}
             )
             reply = Reply(entry.node_id, self._carrier, entry.num_bytes, entry.key)
+            carried = self._spool.read(entry.sizes[1])
             update = self._update(entry)
             if entry.norm > self._most_norm:
                 update = _shortened(update, self._most_norm / entry.norm)
-            yield reply, Candidate(min(entry.weight, most), b"", update, entry.reason)
+            weight = min(entry.weight, most)
+            yield reply, Candidate(weight, (), update, carried, entry.reason)
 
     def _update(self, entry: _Entry) -> Update:
-        self._spool.seek(entry.position + entry.sizes[0])
-        return decode(self._spool.read(entry.sizes[1]), layout=self._layout)
+        self._spool.seek(entry.position + sum(entry.sizes[:2]))
+        parts = [self._spool.read(size) for size in entry.sizes[2:]]
+        return decode_parts(parts, layout=self._layout)
 
     def _judge_sizes(self) -> None:
         """Those far larger than the median are set aside; they and the far wider have no vote."""
