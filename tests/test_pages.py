@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.metadata
+import inspect
 import re
 import shlex
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from compeft_fl.cli.main import _parser
+from compeft_fl.mod import CompressionMod
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT_DOOR = "README.md"
@@ -134,6 +136,15 @@ def test_no_page_promises_what_no_index_has(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_left_to_fill_in(name):
     assert re.findall(r"<!--.*|TODO.*|FIXME.*", TEXT[name]) == []
+
+
+def test_the_mod_s_keywords_are_those_of_its_page():
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT["strategies/README.md"], re.MULTILINE)
+    keywords = inspect.signature(CompressionMod).parameters
+    assert {name for name, _ in table} == set(keywords)
+    for name, default in table:
+        expected = keywords[name].default
+        assert default == ("-" if expected is None else f"`{expected!r}`".replace("'", '"')), name
 
 
 # --- figures ----------------------------------------------------------------------------------
