@@ -91,7 +91,7 @@ def _check_spec(tensor: TensorSpec) -> None:
             f"expected lengths of at most 2^56 in all beside a 0, found {tensor.shape} "
             f"in {quoted(tensor.name)}"
         )
-    if any("\ud800" <= character <= "\udfff" for character in tensor.name):
+    if not tensor.name.isascii() and any("\ud800" <= c <= "\udfff" for c in tensor.name):
         raise LayoutError(f"expected names that UTF-8 can hold, found {quoted(tensor.name)}")
 
 

@@ -1,7 +1,9 @@
 """Fuzzing of what reads bytes from elsewhere: ``make fuzz``, or ``python simulations/fuzz.py``.
 
-Three sources of inputs. A seeded generator changes valid ones, for each codec, a node's state,
-checkpoints and partial sums (`simulations/fuzz_targets.py`): the bulk. Hypothesis makes messages of
+Three sources of inputs. A seeded generator changes valid ones: the bulk. For each codec, a node's
+state, checkpoints and partial sums (`simulations/fuzz_targets.py`), for what server and node send
+each other (`simulations/fuzz_exchange.py`), and for files, folders and the commands on them
+(`simulations/fuzz_commands.py`). Hypothesis makes messages of
 any field values under a checksum that is right, and any bytes. Atheris, where it is installed, is
 guided by the code that an input reaches (`simulations/fuzz_guided.py`). Each input must be read, or
 be rejected by an error of `compeft_fl.errors`; anything else, and more memory than the limit that
@@ -34,6 +36,8 @@ from rich.table import Table
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
+import fuzz_commands  # noqa: E402
+import fuzz_exchange  # noqa: E402
 import fuzz_targets  # noqa: E402
 from fuzz_targets import Target  # noqa: E402
 
@@ -44,7 +48,7 @@ from compeft_fl.wire.messages import seal  # noqa: E402
 from compeft_fl.wire.v1 import update_pb2  # noqa: E402
 
 LIMIT = 1 << 30  # bytes of address space beyond what the program has when it begins
-STRUCTURED_SHARE = 0.5  # of the inputs of a target, for those that hypothesis makes
+STRUCTURED_SHARE = 0.1  # of the inputs of a target, for those that hypothesis makes
 
 Counts = collections.Counter[str]
 Row = tuple[str, int, float, Counts]
@@ -170,9 +174,15 @@ def runs(
         fuzz_targets.state_target(folder / "state"),
         fuzz_targets.checkpoint_target(folder / "checkpoints"),
         *fuzz_targets.partial_targets(),
+        *fuzz_exchange.exchange_targets(),
+        *fuzz_commands.file_targets(folder / "files"),
     ]
     for target in targets:
-        yield f"{target.name}: changed", lambda target=target: changed(target, inputs, seed)
+        count = max(1, int(target.share * inputs))
+        yield (
+            f"{target.name}: changed",
+            lambda target=target, count=count: changed(target, count, seed),
+        )
     few = max(1, int(STRUCTURED_SHARE * inputs))
     yield "update: hostile fields (hypothesis)", lambda: structured(hostile_messages(), few, seed)
     yield "update: any bytes (hypothesis)", lambda: structured(st.binary(max_size=400), few, seed)
@@ -200,7 +210,7 @@ def main() -> int:
             fuzz_targets.read_update(blob)
     rows: list[Row] = []
     failed = False
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=next(fuzz_commands.memory_folders(), None)) as folder:
         every = list(runs(Path(folder), arguments.inputs, arguments.seed, arguments.atheris))
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + LIMIT, held + LIMIT))

@@ -32,19 +32,24 @@ from compeft_fl.wire.v1 import update_pb2
 LAYOUT = cf.Layout([cf.TensorSpec("a", (30, 7)), cf.TensorSpec("b", (501,), "bf16")])
 METHODS = (cf.Average, cf.TaskArithmetic, cf.Ties)
 _CHECKSUM_BYTES = 5  # the last of an update: a field's tag and a CRC-32
-_NASTY = (
+NASTY = (
     None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, -0.5, float("nan"), float("inf"), "", "x",
-    "-1", "1e9", "9" * 5000, [], [[]], {}, {"": "no such"}, {"items": []}, {"items": [["w", 1]]},
+    "-1", "1e9", "9" * 5000, "\x1b[2J",
+    "\0", 10**400, [], [[]], {}, {"": "no such"}, {"items": []}, {"items": [["w", 1]]},
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader, and what makes an input for it from a seeded source of randomness."""
+    """A reader, and what makes an input for it from a seeded source of randomness.
+
+    ``share`` is how many inputs it gets for each of the target of a codec.
+    """
 
     name: str
     make: Callable[[random.Random], bytes]
     read: Callable[[bytes], object]
+    share: float = 1.0
 
 
 def valid_updates(codec: str) -> list[bytes]:
@@ -92,6 +97,19 @@ def mutated(original: bytes, source: random.Random) -> bytes:
     return bytes(data)
 
 
+def resealed(blob: bytes, source: random.Random) -> bytes:
+    """An update with changed bytes under a checksum that is right."""
+    return seal(mutated(blob[:-_CHECKSUM_BYTES], source))
+
+
+def change_fields(blob: bytes, source: random.Random) -> bytes:
+    """An update with changed fields under a checksum that is right."""
+    message = update_pb2.Update.FromString(blob[:-_CHECKSUM_BYTES])
+    for _ in range(source.randint(1, 3)):
+        _change_field(message, source)
+    return seal(message.SerializeToString())
+
+
 def update_targets() -> list[Target]:
     """One for each codec of the registry."""
     targets = []
@@ -102,13 +120,7 @@ def update_targets() -> list[Target]:
             blob, kind = source.choice(blobs), source.random()
             if kind < 0.2:
                 return mutated(blob, source)
-            content = blob[:-_CHECKSUM_BYTES]
-            if kind < 0.4:
-                return seal(mutated(content, source))
-            message = update_pb2.Update.FromString(content)
-            for _ in range(source.randint(1, 3)):
-                _change_field(message, source)
-            return seal(message.SerializeToString())
+            return resealed(blob, source) if kind < 0.4 else change_fields(blob, source)
 
         targets.append(Target(f"update, {name}", make, read_update))
     return targets
@@ -135,11 +147,11 @@ def state_target(folder: Path) -> Target:
         key = source.choice(sorted(told))
         kind = source.randrange(3)
         if kind == 0:
-            told[key] = json.dumps(_changed(json.loads(told[key]), source))
+            told[key] = json.dumps(changed_json(json.loads(told[key]), source))
         elif kind == 1:
-            told[key] = _text(mutated(told[key].encode(), source))
+            told[key] = text(mutated(told[key].encode(), source))
         told["format"] = node_state._FORMAT
-        held = _other_arrays(arrays, source) if kind == 2 else arrays
+        held = other_arrays(arrays, source) if kind == 2 else arrays
         told["checksum"] = node_state._checksum(told, held)
         return bytes(save(held, metadata=told))
 
@@ -147,7 +159,7 @@ def state_target(folder: Path) -> Target:
         file.path.write_bytes(content)
         return file.load()
 
-    return Target("a node's state", make, read)
+    return Target("a node's state", make, read, share=0.4)
 
 
 def checkpoint_target(folder: Path) -> Target:
@@ -180,21 +192,21 @@ def checkpoint_target(folder: Path) -> Target:
     def make(source: random.Random) -> bytes:
         if source.random() < 0.3:
             return mutated(original, source)
-        text, held = json.dumps(_changed(outline, source)), tensors
+        outlined, held = json.dumps(changed_json(outline, source)), tensors
         kind = source.randrange(3)
         if kind == 0:
-            text = _text(mutated(json.dumps(outline).encode(), source))
+            outlined = text(mutated(json.dumps(outline).encode(), source))
         elif kind == 1:
-            held = _other_arrays(tensors, source)
-        checksum = checkpoint._checksum(text, held)
-        told = {"format": checkpoint._FORMAT, "told": text, "checksum": checksum}
+            held = other_arrays(tensors, source)
+        checksum = checkpoint._checksum(outlined, held)
+        told = {"format": checkpoint._FORMAT, "told": outlined, "checksum": checksum}
         return bytes(save(held, metadata=told))
 
     def read(content: bytes) -> object:
         path.write_bytes(content)
         return checkpoints.load()
 
-    return Target("a checkpoint", make, read)
+    return Target("a checkpoint", make, read, share=0.4)
 
 
 def partial_targets() -> list[Target]:
@@ -220,10 +232,10 @@ def partial_targets() -> list[Target]:
             changed, held = dict(told), {"sums": sums}
             if source.randrange(2):
                 key = source.choice(sorted(set(told) - {"checksum"}))
-                nasty = source.choice((_text(mutated(told[key].encode(), source)), "", "nan"))
+                nasty = source.choice((text(mutated(told[key].encode(), source)), "", "nan"))
                 changed[key] = nasty.replace("\n", " ")
             else:
-                held = _other_arrays(held, source)
+                held = other_arrays(held, source)
             changed["checksum"] = partial._checksum(changed, held.get("sums"))
             return bytes(save(held, metadata={partial._ENTRY: partial._lines(changed)}))
 
@@ -232,7 +244,7 @@ def partial_targets() -> list[Target]:
             root.combine(decode_partial(content, like))
             return root.result() if root.count else None
 
-        targets.append(Target(f"partial sum, {method.__name__}", make, read))
+        targets.append(Target(f"partial sum, {method.__name__}", make, read, share=0.4))
     return targets
 
 
@@ -265,33 +277,33 @@ def _other_scalar(value: Any, source: random.Random) -> Any:
     if isinstance(value, bytes):
         return mutated(value, source)
     if isinstance(value, str):
-        return _text(mutated(value.encode(), source))
+        return text(mutated(value.encode(), source))
     if isinstance(value, float):
         return source.choice((0.0, -value, 2 * value, float("nan"), float("inf"), 3e38, 1e-45))
     near = (value + 1, max(0, value - 1), value ^ 1 << source.randrange(32))
     return source.choice((*near, 0, 2**31, 2**32 - 1, 10**9, 2**62, 2**64 - 1))
 
 
-def _text(data: bytes) -> str:
+def text(data: bytes) -> str:
     """Bytes as a text that a safetensors header can hold."""
     return data.decode("utf-8", errors="replace")
 
 
-def _changed(value: Any, source: random.Random) -> Any:
+def changed_json(value: Any, source: random.Random) -> Any:
     """A JSON value with something in it replaced, dropped or doubled, at any depth."""
     if isinstance(value, dict) and value and source.random() < 0.9:
         key = source.choice(sorted(value))
         rest = {each: inner for each, inner in value.items() if each != key}
         kept = source.random() < 0.9
-        return {**rest, key: _changed(value[key], source)} if kept else rest
+        return {**rest, key: changed_json(value[key], source)} if kept else rest
     if isinstance(value, list) and value and source.random() < 0.9:
         at = source.randrange(len(value))
-        new = source.choice(([_changed(value[at], source)], [], [value[at]] * 2))
+        new = source.choice(([changed_json(value[at], source)], [], [value[at]] * 2))
         return [*value[:at], *new, *value[at + 1 :]]
-    return source.choice(_NASTY)
+    return source.choice(NASTY)
 
 
-def _other_arrays(arrays: dict[str, Any], source: random.Random) -> dict[str, Any]:
+def other_arrays(arrays: dict[str, Any], source: random.Random) -> dict[str, Any]:
     """One of the arrays gone, renamed, cut, of another type, or with a value that is none."""
     name = source.choice(sorted(arrays))
     rest = {each: array for each, array in arrays.items() if each != name}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 from hostile import error_of, seal, valid
 
 import compeft_fl as cf
 from compeft_fl import errors
+from compeft_fl.exchange import records
 from compeft_fl.exchange.downlink import Replica
 from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2
@@ -180,3 +183,58 @@ def test_deltas_are_no_more_than_a_server_keeps():
     blob = seal(zeros(8))
     with pytest.raises(errors.WireError, match="1024 deltas"):
         replica.advance([blob] * 1025, 1025)
+
+
+def test_an_array_of_a_stock_client_takes_what_its_bytes_hold():
+    """`numpy.load` takes memory for what a header claims, evaluates it, and opens archives."""
+
+    def record(data):
+        return ArrayRecord({"w\x1b": Array("float32", (2,), "numpy.ndarray", data)})
+
+    def npy(header, data=b""):
+        text = header.encode() + b"\n"
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+    for array in (np.ones((2, 3), "f4"), np.array(2, "i8"), np.asfortranarray(np.eye(3)),
+                  np.zeros((0, 3), "f4"), np.array([True])):  # fmt: skip
+        state = records.to_state(ArrayRecord({"w": Array(array)}))
+        assert np.array_equal(state["w"], array)
+        assert (state["w"].dtype, state["w"].shape) == (array.dtype, array.shape)
+        assert state["w"].flags.writeable
+    archive = io.BytesIO()
+    np.savez(archive, w=np.ones(3))
+    plain = "{'descr': '%s', 'fortran_order': False, 'shape': %s}"
+    for data in (
+        npy(plain % ("<f4", f"({2**30},)"), bytes(8)),
+        npy(plain % ("<f4", f"({2**62}, 4)"), bytes(8)),
+        npy(plain % ("<f4", "(0, -1)")),
+        npy(plain % ("<f4", "(" + "1," * 40 + ")"), bytes(4)),
+        npy(plain % ("<f4", "(" * 5000)),
+        npy(plain % ("|O", "(1,)"), bytes(8)),
+        npy(plain % ("<f4", "(2,)"), bytes(9)),
+        archive.getvalue(),
+        b"",
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(errors.LayoutError, match=r"w\\x1b") as caught:
+                records.to_state(record(data))
+            assert tracemalloc.get_traced_memory()[1] < 4 * MIB
+        finally:
+            tracemalloc.stop()
+        assert str(caught.value).isprintable()
+
+
+def test_log_lines_hold_no_strangers_escapes(caplog):
+    caplog.set_level("INFO", logger="flwr.compeft_fl")
+    hostile = f"name{chr(27)}[2J\nforged line"
+    records.LOGGER.warning("node %s sent %d bytes: %s", hostile, 7, errors.LayoutError(hostile))
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        records.LOGGER.exception("of %r", hostile)
+    assert [record.getMessage() for record in caplog.records] == [
+        "node name\\x1b[2J\\nforged line sent 7 bytes: name\\x1b[2J\\nforged line",
+        "of 'name\\\\x1b[2J\\\\nforged line'",
+    ]
+    assert caplog.text.replace("\n", "").isprintable()

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Self, TypeAlias, cast
+from typing import Any, Final, Self, cast
 
 from compeft_fl import codecs
+from compeft_fl.app.config_values import Scalar, checked, json_object, shown, suggestion
 from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
@@ -28,12 +27,8 @@ from compeft_fl.exchange.uplink import RESIDUAL_DECAY
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
 
-Scalar: TypeAlias = bool | int | float | str
-"""What Flower takes as the value of a key."""
-
 COMPRESSED_PREFIX: Final = "compressed:"
 STRATEGIES: Final = ("average", "task-arithmetic", "ties", "fedavg")
-SCALE_RULES: Final = ("mean", "norm")
 
 _PEFT_PREFIX: Final = "peft."
 _PEFT_DEFAULTS: Final[Mapping[str, Scalar]] = MappingProxyType(
@@ -133,6 +128,9 @@ class AppConfig:
     seed: int = _key(42, "seed of the adapter's start, the partition and the batches", low=0)
 
     model: str = _key("minilm", "base model: minilm (embedded), a Hugging Face id or a folder")
+    trust_remote_code: bool = _key(
+        False, "run the Python code that comes with the model, on server and nodes; nobody is asked"
+    )
     head: str = _key(
         "prototype",
         "classifier on top: frozen class means of the base model, or a trained linear layer",
@@ -245,18 +243,19 @@ class AppConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name != "peft":
-                value = _checked(_name(field), getattr(self, field.name), field.metadata)
+                value = checked(_name(field), getattr(self, field.name), field.metadata)
                 object.__setattr__(self, field.name, value)
         for option, value in self.peft.items():
-            if not isinstance(value, Scalar):
+            large = isinstance(value, int) and value.bit_length() > 63
+            if not isinstance(value, Scalar) or large:
                 raise ConfigError(
                     f"{_PEFT_PREFIX}{option}: expected text, a number, true or false, "
-                    f"found {value!r}"
+                    f"found {shown(value)}"
                 )
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
         _check_strategy(self.strategy)
-        _json_object("peft-options", self.peft_options)
-        _json_object("strategy-options", self.strategy_options)
+        json_object("peft-options", self.peft_options)
+        json_object("strategy-options", self.strategy_options)
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Self:
@@ -295,11 +294,11 @@ class AppConfig:
 
     def further_peft_options(self) -> dict[str, Any]:
         """Return `peft_options` as a dict."""
-        return _json_object("peft-options", self.peft_options)
+        return json_object("peft-options", self.peft_options)
 
     def further_strategy_options(self) -> dict[str, Any]:
         """Return `strategy_options` as a dict."""
-        return _json_object("strategy-options", self.strategy_options)
+        return json_object("strategy-options", self.strategy_options)
 
     @property
     def compressed(self) -> bool:
@@ -353,20 +352,11 @@ def parse_assignment(text: str) -> tuple[str, Scalar]:
     kinds = {key.name: key.kind for key in keys()}
     value = value.strip()
     literal: Any = value
-    with contextlib.suppress(tomllib.TOMLDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):  # no TOML, or thousands of digits
         literal = tomllib.loads(f"value = {value}")["value"]
     if kinds.get(name) == "text" and not (isinstance(literal, str) and literal != value):
         return name, value
     return name, literal if isinstance(literal, Scalar) else value
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error line about an unknown name: the nearest one, or all."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f': did you mean "{near[0]}"?'
-    return "; choices: " + ", ".join(known)
 
 
 def _name(field: dataclasses.Field[Any]) -> str:
@@ -377,49 +367,6 @@ def _kind_of(value: Scalar) -> str:
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[type(value)]
 
 
-def _checked(name: str, value: Any, meta: Mapping[str, Any]) -> Scalar:
-    """Return `value` as the key's type, or raise with the key, the value and what fits."""
-    kind: str = meta["kind"]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "rule or number":
-        if not number and value not in SCALE_RULES:
-            raise ConfigError(
-                f'{name}: expected "mean", "norm" or a number over 0, found {_shown(value)}'
-            )
-        if number and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name}: expected a finite number over 0, found {value}")
-        return value if isinstance(value, str) else float(value)
-    fits = {
-        "text": isinstance(value, str),
-        "integer": number and isinstance(value, int),
-        "number": number,
-        "true or false": isinstance(value, bool),
-    }[kind]
-    if not fits:
-        raise ConfigError(f"{name}: expected {kind}, found {_shown(value)}")
-    choices = meta["choices"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name}: {_shown(value)} is none of {', '.join(choices)}")
-    if number:
-        _check_range(name, value, meta)
-        return float(value) if kind == "number" else int(value)
-    return str(value) if kind == "text" else bool(value)
-
-
-def _check_range(name: str, value: float, meta: Mapping[str, Any]) -> None:
-    low, high, above = meta["low"], meta["high"], meta["above"]
-    if math.isfinite(value) and low <= value <= high and value > above:
-        return
-    bounds = []
-    if above > -math.inf:
-        bounds.append(f"over {above:g}")
-    if low > -math.inf:
-        bounds.append(f"at least {low:g}")
-    if high < math.inf:
-        bounds.append(f"at most {high:g}")
-    raise ConfigError(f"{name}: expected {' and '.join(bounds) or 'a number'}, found {value}")
-
-
 def _check_strategy(strategy: str) -> None:
     if strategy in STRATEGIES:
         return
@@ -427,19 +374,3 @@ def _check_strategy(strategy: str) -> None:
         return
     choices = (*STRATEGIES, "compressed:NAME with a strategy of flwr.serverapp.strategy")
     raise ConfigError(f'strategy: "{strategy}" is none of {", ".join(choices)}')
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    if not text.strip():
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a JSON object, found {text}")
-    return value
-
-
-def _shown(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)

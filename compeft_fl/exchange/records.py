@@ -9,6 +9,7 @@ Flower converts through numpy, which has no bfloat16: an adapter in bfloat16 tra
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import struct
@@ -18,14 +19,15 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.lib import format
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError
 from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NOTHING
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
-from compeft_fl.printable import PrintableFilter
-from compeft_fl.task_vector import TaskVector
+from compeft_fl.printable import PrintableFilter, one_line, quoted
+from compeft_fl.task_vector import MAX_DIMENSIONS, TaskVector
 from compeft_fl.wire.messages import STYPE
 
 __all__ = [
@@ -82,13 +84,33 @@ def to_state(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
             raise LayoutError(
                 f"expected an Array of stype {NUMPY_STYPE!r}, found {array.stype!r} in {name!r}"
             )
-        try:
-            state[name] = array.numpy()
-        except (ValueError, EOFError, OSError) as error:
-            raise LayoutError(
-                f"expected numpy's bytes in {name!r}, found others: {error}"
-            ) from None
+        state[name] = _numpy(name, array.data)
     return state
+
+
+def _numpy(name: str, data: bytes) -> NDArray[Any]:
+    """An array of numpy's bytes, once its header says as many of them as there are.
+
+    `numpy.load`, which Flower calls, takes memory for what the header claims, and opens archives.
+    """
+    file = io.BytesIO(data)
+    try:
+        if format.read_magic(file) != (1, 0):  # numpy writes others for records only
+            raise ValueError("another version of the format")
+        shape, fortran, dtype = format.read_array_header_1_0(file)
+    except Exception as error:  # numpy reads the header as Python's source
+        raise LayoutError(
+            f"expected numpy's bytes in {quoted(name)}, found others: {one_line(error, 200)}"
+        ) from None
+    expected, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    possible = len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0 and not dtype.hasobject
+    if not possible or expected != found:
+        raise LayoutError(
+            f"expected {expected} bytes of numbers for {dtype} {shape} in {quoted(name)}, "
+            f"found {found}"
+        )
+    array = np.frombuffer(data, dtype, offset=file.tell()) if found else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if fortran else "C").copy()
 
 
 def to_arrays(state: Mapping[str, NDArray[Any]]) -> ArrayRecord:

@@ -97,8 +97,8 @@ def resume(
     """
     try:
         plain = json.loads((folder / SCENARIO_FILE).read_text(encoding="utf-8"))
-        run, simulation = plain["run"], plain["simulation"]
-    except (OSError, ValueError, KeyError, TypeError):
+        run, simulation = dict(plain["run"].items()), dict(plain["simulation"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"expected the folder of a run, with {SCENARIO_FILE}: {folder}") from None
     if (folder / report.SUMMARY_FILE).exists() and not arguments:
         raise ConfigError(f"the run in {folder} has completed: give more rounds to go on")

@@ -22,7 +22,9 @@ from types import MappingProxyType
 from typing import Any, Final, Self
 
 from compeft_fl.app.config import AppConfig, Scalar, parse_assignment, suggestion
+from compeft_fl.app.config_values import shown
 from compeft_fl.errors import ConfigError
+from compeft_fl.printable import one_line
 
 __all__ = ["SIMULATION_DEFAULTS", "SIMULATION_HELP", "Scenario"]
 
@@ -106,8 +108,8 @@ def _read(file: Path) -> tuple[dict[str, Scalar], dict[str, Any]]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"scenario: {file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"scenario: {file} is no TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, thousands of digits or brackets
+        raise ConfigError(f"scenario: {file} is no TOML: {one_line(error, 200)}") from None
     for name, table in tables.items():
         if name not in ("run", "simulation") or not isinstance(table, dict):
             raise ConfigError(f"scenario: {file} has [{name}]; choices: [run], [simulation]")
@@ -131,7 +133,7 @@ def _checked_simulation(given: Mapping[str, Any]) -> dict[str, int | float]:
             raise ConfigError(f'unknown key "{key}"{suggestion(key, SIMULATION_DEFAULTS)}')
         whole = isinstance(SIMULATION_DEFAULTS[key], int)
         fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or value < (1 if whole else 0):
+        if not fits or not (1 if whole else 0) <= value < 2**31:
             kind = "a whole number over 0" if whole else "a number of at least 0"
-            raise ConfigError(f"{key}: expected {kind}, found {value!r}")
+            raise ConfigError(f"{key}: expected {kind}, found {shown(value)}")
     return {**SIMULATION_DEFAULTS, **given}

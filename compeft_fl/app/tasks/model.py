@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compeft_fl import adapters
 from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.app.tasks import stored_peft
 from compeft_fl.app.tasks.data import Rows, TextData
+from compeft_fl.app.tasks.devices import choose_device, choose_dtype
 from compeft_fl.errors import ConfigError
+from compeft_fl.printable import one_line
 
 __all__ = ["EMBEDDED_MODEL", "Classifier", "PrototypeHead", "build", "load_adapter", "peft_config"]
 
@@ -218,16 +223,24 @@ def build(config: AppConfig, data: TextData) -> Classifier:
     return Classifier(network, head, tokenizer, data.labels, config.max_length).to(device)
 
 
-def load_adapter(folder: Path, model: str = EMBEDDED_MODEL, device: str = "auto") -> Classifier:
+def load_adapter(
+    folder: Path,
+    model: str = EMBEDDED_MODEL,
+    device: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> Classifier:
     """Return the classifier that a run left in its ``adapter/`` folder, on base model `model`.
+
+    No code of the model's own is run, unless ``trust_remote_code`` says so; nobody is asked.
 
     Raises
     ------
     ConfigError
-        Where the folder holds no adapter of the app.
+        Where the folder holds no adapter of the app, or one that does not fit the model.
+    AdapterError
+        Where its files are missing, broken, or pickles.
     """
-    from peft import PeftModel
-
     try:
         head_config = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         config = AppConfig(
@@ -235,16 +248,22 @@ def load_adapter(folder: Path, model: str = EMBEDDED_MODEL, device: str = "auto"
             device=device,
             head=head_config["head"],
             max_length=head_config["max_length"],
+            trust_remote_code=trust_remote_code,
         )
-        labels = tuple(head_config["labels"])
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder} is no adapter folder of this app: {error}") from None
+        labels = tuple(str(label) for label in head_config["labels"])
+        scale = float(head_config["scale"]) if config.head == "prototype" else 0.0
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder} is no adapter folder of this app: {one_line(error)}") from None
+    adapter = adapters.load_folder(folder)
     base, tokenizer = _load_base(config, labels, choose_dtype(config))
-    network = PeftModel.from_pretrained(base, str(folder))
+    network = stored_peft.load(base, adapter, folder)
     head = None
     if config.head == "prototype":
-        prototypes = load_file(folder / HEAD_WEIGHTS)["prototypes"]
-        head = PrototypeHead(prototypes, head_config["scale"])
+        try:
+            prototypes = load_file(folder / HEAD_WEIGHTS)["prototypes"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"{folder}: {HEAD_WEIGHTS}: {one_line(error)}") from None
+        head = PrototypeHead(prototypes, scale)
     classifier = Classifier(network, head, tokenizer, labels, config.max_length)
     return classifier.to(choose_device(device)).eval()
 
@@ -298,35 +317,6 @@ def _as_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",")]
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is CUDA, then MPS, then the CPU.
-
-    Raises
-    ------
-    ConfigError
-        Where the machine has no such device.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f'device: "{name}" is not on this machine: {reason}') from None
-
-
-def choose_dtype(config: AppConfig) -> torch.dtype:
-    """Return the base model's data type: the key's, or by the device."""
-    if config.dtype == "auto":
-        on_cuda = choose_device(config.device).type == "cuda"
-        return torch.bfloat16 if on_cuda else torch.float32
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
-
-
 def embedded_model() -> Path:
     """Return the folder of the embedded MiniLM, its weights checked against the official ones.
 
@@ -360,16 +350,23 @@ def _load_base(
     source = str(embedded_model()) if config.model == EMBEDDED_MODEL else config.model
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            # Always said: where nothing is, transformers asks on the terminal, and takes any "y".
+            trust: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
             if config.head == "linear":
                 model = AutoModelForSequenceClassification.from_pretrained(
-                    source, num_labels=len(labels), dtype=dtype
+                    source, num_labels=len(labels), dtype=dtype, **trust
                 )
             else:
-                model = AutoModel.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f'model: "{config.model}" cannot be loaded: {reason}') from error
+                model = AutoModel.from_pretrained(source, dtype=dtype, **trust)
+    except Exception as error:  # a stranger's files: pickles, odd configurations, missing modules
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = "it comes with Python code of its own, which trust-remote-code=true would run; "
+        raise ConfigError(
+            f'model: "{config.model}" cannot be loaded: {hint}{type(error).__name__}: '
+            f"{one_line(error, 300)}"
+        ) from error
     if tokenizer.pad_token is None:  # decoder models
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

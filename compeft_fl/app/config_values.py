@@ -1,0 +1,102 @@
+"""The values of a run's keys: what fits, and how an error line shows what does not."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from compeft_fl.errors import ConfigError
+from compeft_fl.printable import printable
+
+__all__ = ["Scalar", "checked", "json_object", "shown", "suggestion"]
+
+Scalar: TypeAlias = bool | int | float | str
+"""What Flower takes as the value of a key."""
+
+SCALE_RULES: Final = ("mean", "norm")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error line about an unknown name: the nearest one, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f': did you mean "{near[0]}"?'
+    return "; choices: " + ", ".join(known)
+
+
+def checked(name: str, value: Any, meta: Mapping[str, Any]) -> Scalar:
+    """Return `value` as the key's type, or raise with the key, the value and what fits."""
+    kind: str = meta["kind"]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "rule or number":
+        if not number and value not in SCALE_RULES:
+            raise ConfigError(
+                f'{name}: expected "mean", "norm" or a number over 0, found {shown(value)}'
+            )
+        if number and not 0 < value <= sys.float_info.max:
+            raise ConfigError(f"{name}: expected a finite number over 0, found {shown(value)}")
+        return value if isinstance(value, str) else float(value)
+    fits = {
+        "text": isinstance(value, str),
+        "integer": number and isinstance(value, int),
+        "number": number,
+        "true or false": isinstance(value, bool),
+    }[kind]
+    if not fits:
+        raise ConfigError(f"{name}: expected {kind}, found {shown(value)}")
+    if isinstance(value, str) and not _is_text(value):
+        raise ConfigError(f"{name}: expected no control characters, found {shown(value)}")
+    choices = meta["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}: {shown(value)} is none of {', '.join(choices)}")
+    if number:
+        _check_range(name, value, meta)
+        return float(value) if kind == "number" else int(value)
+    return str(value) if kind == "text" else bool(value)
+
+
+def _is_text(value: str) -> bool:
+    """Is this text that files and terminals take: no controls, no halves of characters?"""
+    return all(c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} for c in value)
+
+
+def _check_range(name: str, value: float, meta: Mapping[str, Any]) -> None:
+    low, high, above = meta["low"], meta["high"], meta["above"]
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{name}: expected a number, found {shown(value)}")
+    if math.isfinite(value) and low <= value <= high and value > above:
+        return
+    bounds = []
+    if above > -math.inf:
+        bounds.append(f"over {above:g}")
+    if low > -math.inf:
+        bounds.append(f"at least {low:g}")
+    if high < math.inf:
+        bounds.append(f"at most {high:g}")
+    raise ConfigError(f"{name}: expected {' and '.join(bounds) or 'a number'}, found {value}")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """Return a key's text as a JSON object; empty where there is none."""
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected a JSON object, found {text}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value in an error line."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number of more than 64 bits"
+    return printable(f'"{value}"' if isinstance(value, str) else repr(value), 200)
