@@ -22,7 +22,7 @@ import numpy as np
 from fuzz_targets import Target, change_fields, changed_json, mutated, other_arrays, resealed, text
 
 import compeft_fl as cf
-from compeft_fl.adapters import files, folders
+from compeft_fl.adapters import carried, files, folders
 from compeft_fl.cli.main import UNEXPECTED, main
 from compeft_fl.errors import CompeftError
 from compeft_fl.runs.scenario import Scenario
@@ -128,6 +128,11 @@ def valid_files() -> list[bytes]:
         cf.encode(tau if codec.startswith("dense") else update, codec, metadata=told)
         for codec in ("golomb", "bitmask", "context", "dense")
     ]
+    front = carried.to_bytes({"m.query.counter": np.arange(5)})
+    told["carried"] = carried.digest(front)
+    beside = files.CARRIED_MAGIC + len(front).to_bytes(8, "little") + front
+    found.append(beside + cf.encode(update, "golomb", metadata=told))
+    del told["carried"]
     return [*found, _framed(encode_parts(update, "bitmask", metadata=told, max_body_bytes=4110))]
 
 
@@ -143,6 +148,12 @@ def _maker_of_files() -> Callable[[random.Random], bytes]:
         blob, kind = source.choice(blobs), source.random()
         if kind < 0.1 or (blob.startswith(files.PARTS_MAGIC) and kind < 0.4):
             return mutated(blob, source)
+        if blob.startswith(files.CARRIED_MAGIC):
+            front, rest = files._front(blob)
+            changed = source.choice((mutated(front, source), front, b""))
+            length = source.choice((len(changed), len(changed), len(front), 0, 2**63))
+            rest = change_fields(rest, source) if kind < 0.5 else rest
+            return files.CARRIED_MAGIC + length.to_bytes(8, "little") + changed + rest
         if blob.startswith(files.PARTS_MAGIC):
             parts = list(files._parts(blob))
             at = source.randrange(len(parts))

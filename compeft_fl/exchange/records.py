@@ -106,7 +106,7 @@ def _numpy(name: str, data: bytes) -> NDArray[Any]:
     possible = len(shape) <= MAX_DIMENSIONS and min(shape, default=0) >= 0 and not dtype.hasobject
     if not possible or expected != found:
         raise LayoutError(
-            f"expected {expected} bytes of numbers for {dtype} {shape} in {quoted(name)}, "
+            f"expected numpy's bytes in {quoted(name)}, {expected} of them for {dtype} {shape}, "
             f"found {found}"
         )
     array = np.frombuffer(data, dtype, offset=file.tell()) if found else np.empty(0, dtype)
