@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -31,6 +32,7 @@ class Lines:
     >>> path = Path(tempfile.mkdtemp()) / "journal"
     >>> _ = path.write_text("whole\ncut o")
     >>> Lines(path, logging.getLogger()).add("next")
+    True
     >>> path.read_text()
     'whole\nnext\n'
     """
@@ -46,8 +48,8 @@ class Lines:
         except OSError as error:
             self._complain(error)
 
-    def add(self, *lines: str) -> None:
-        """Append lines, which have no ends; all of them or none."""
+    def add(self, *lines: str) -> bool:
+        """Append lines, which have no ends, and return whether all are there; else none is."""
         data = "".join(line + "\n" for line in lines).encode()
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -56,10 +58,13 @@ class Lines:
                     while data:
                         data = data[file.write(data) :]
                 except OSError:
-                    file.truncate(before)  # no half line that the next one would go on with
+                    with contextlib.suppress(OSError):
+                        file.truncate(before)  # no half line that the next one would go on with
                     raise
         except OSError as error:
             self._complain(error)
+            return False
+        return True
 
     def _complain(self, error: OSError) -> None:
         if not self.broken:

@@ -15,8 +15,9 @@ from local_grid import LocalGrid
 from compeft_fl.app import client_app, server_app
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import data, model, training
-from compeft_fl.errors import CompeftError, ConfigError
+from compeft_fl.errors import CompeftError, ConfigError, StateError
 from compeft_fl.results import report
+from compeft_fl.server.checkpoint import alone_in
 from compeft_fl.strategies import RoundCounts
 
 NODES = 3
@@ -192,6 +193,22 @@ def test_a_run_without_any_usable_reply_fails(tiny_config, tmp_path):
     last = events(tmp_path)[-1]
     assert last["event"] == "error"
     assert "the loss became" in last["reason"]
+
+
+def test_a_folder_holds_one_run(tiny_config, tmp_path):
+    config = dataclasses.replace(tiny_config, rounds=1)
+    run(config, tmp_path)
+    before = {file: file.stat() for file in tmp_path.rglob("*")}
+    with pytest.raises(StateError, match=r"without a run in it.*give another run-dir"):
+        run(config, tmp_path)
+    with (
+        alone_in(tmp_path),
+        pytest.raises(StateError, match="another server, process .* one at a time"),
+    ):
+        run(dataclasses.replace(config, resume=True), tmp_path)
+    assert {file: file.stat().st_mtime for file in tmp_path.rglob("*")} == {
+        file: stat.st_mtime for file, stat in before.items()
+    }
 
 
 def test_a_wrong_key_ends_the_run(tiny_config, tmp_path):

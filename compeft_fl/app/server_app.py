@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import Strategy
 from compeft_fl import strategies
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
-from compeft_fl.errors import ConfigError, NoUsableReplyError
+from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
 from compeft_fl.results import tensorboard
-from compeft_fl.results.journal import Journal
+from compeft_fl.results.journal import PROGRESS_FILE, Journal
+from compeft_fl.server.checkpoint import alone_in
 
 if TYPE_CHECKING:
     from compeft_fl.app.tasks.model import Classifier
@@ -34,13 +35,21 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the configuration describes, and leave its results in a folder."""
     config = AppConfig.from_run_config(context.run_config)
-    journal = Journal(run_folder(config), config.scenario, config.rounds, config.to_run_config())
-    try:
-        _run(grid, config, journal)
-    except BaseException as error:
-        journal.error(f"{type(error).__name__}: {error}")
-        raise
-    journal.end()
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        if not config.resume and (folder / PROGRESS_FILE).exists():
+            raise StateError(
+                f"expected a folder without a run in it, found {PROGRESS_FILE} in {folder}: go on "
+                "with that run (resume=true), or give another run-dir"
+            )
+        journal = Journal(folder, config.scenario, config.rounds, config.to_run_config())
+        try:
+            _run(grid, config, journal)
+        except BaseException as error:
+            journal.error(f"{type(error).__name__}: {error}")
+            raise
+        journal.end()
 
 
 def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:

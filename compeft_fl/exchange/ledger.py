@@ -22,20 +22,27 @@
 - ``node_decode_seconds``: of a reply: how long the node took to decode the message that it answers.
 
 Times of nodes come with their replies, to three digits, in 13 bytes.
+
+A full disk costs rows, and not the run; the sums have all messages. On resuming, a row that is
+damaged is passed over, and a file that is no ledger is put aside.
 """
 
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from compeft_fl.exchange.records import LOGGER
+from compeft_fl.lines import Lines
+
 __all__ = ["LEDGER_FILE", "Ledger", "RoundTotals", "Transfer", "read_ledger"]
 
 LEDGER_FILE: Final = "ledger.csv"
+_LONGEST_HEAD: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +132,23 @@ class Ledger:
         self.path = folder / LEDGER_FILE
         self.attempt = 1
         self.totals: dict[tuple[int, str], RoundTotals] = {}
-        if self.path.exists():
+        self._lines = Lines(self.path, LOGGER)
+        self._has_head = False
+        try:
             self._go_on()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            LOGGER.warning("%s cannot be read; the sums begin anew: %s", self.path, error)
 
     def add(self, transfer: Transfer) -> None:
         """Write a message down."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(_COLUMNS)
-            row = {name: getattr(transfer, name) for name in _COLUMNS if name != "attempt"}
-            row["attempt"] = self.attempt
-            writer.writerow([_shown(row[name]) for name in _COLUMNS])
+        row = {name: getattr(transfer, name) for name in _COLUMNS if name != "attempt"}
+        row["attempt"] = self.attempt
+        lines = [_line([_shown(row[name]) for name in _COLUMNS])]
+        if not self._has_head:
+            lines.insert(0, _line(_COLUMNS))
+        self._has_head |= self._lines.add(*lines)
         self._count(transfer)
 
     def summary(self) -> dict[str, Any]:
@@ -164,13 +175,26 @@ class Ledger:
         self.totals.setdefault(where, RoundTotals()).add(transfer)
 
     def _go_on(self) -> None:
-        """Cut off a row that a kill left unfinished, and sum up what there is."""
-        _cut_to_whole_lines(self.path)
-        for attempt, transfer in read_ledger(self.path):
+        """Sum up what there is, as attempts before this one."""
+        with self.path.open("rb") as file:
+            head = file.readline(_LONGEST_HEAD)
+        self._has_head = bool(head)
+        if head != f"{_line(_COLUMNS)}\n".encode():
+            if head:
+                aside = self.path.with_name(f"{self.path.stem}-damaged{self.path.suffix}")
+                self.path.replace(aside)
+                LOGGER.warning("%s is no ledger: it is put aside as %s", self.path, aside.name)
+                self._has_head = False
+            return
+        damaged = 0
+        for attempt, transfer in _rows(self.path):
+            if transfer is None:
+                damaged += 1
+                continue
             self._count(transfer)
-            self.attempt = attempt + 1
-        if not self.path.stat().st_size:
-            self.path.unlink()
+            self.attempt = max(self.attempt, attempt + 1)
+        if damaged:
+            LOGGER.warning("%s: %d damaged rows are passed over", self.path, damaged)
 
 
 def read_ledger(path: Path) -> Iterator[tuple[int, Transfer]]:
@@ -181,25 +205,41 @@ def read_ledger(path: Path) -> Iterator[tuple[int, Transfer]]:
     ValueError
         A row that is none.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            yield (
-                int(row["attempt"]),
-                Transfer(
-                    time=float(row["time"]),
-                    round=int(row["round"]),
-                    node=int(row["node"]),
-                    direction=row["direction"],
-                    kind=row["kind"],
-                    parameters=int(row["parameters"]),
-                    raw_bytes=int(row["raw_bytes"]),
-                    payload_bytes=int(row["payload_bytes"]),
-                    message_bytes=int(row["message_bytes"]) if row["message_bytes"] else None,
-                    encode_seconds=_seconds(row["encode_seconds"]),
-                    decode_seconds=_seconds(row["decode_seconds"]),
-                    node_decode_seconds=_seconds(row["node_decode_seconds"]),
-                ),
-            )
+    for number, (attempt, transfer) in enumerate(_rows(path), 2):
+        if transfer is None:
+            raise ValueError(f"expected a row of a ledger in line {number} of {path}")
+        yield attempt, transfer
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Transfer | None]]:
+    """Attempt and message of each row; 0 and None for one that is damaged."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(line.replace("\0", "\ufffd") for line in file)
+        while True:
+            try:
+                row = next(rows)
+                yield int(row["attempt"]), _transfer_of(row)
+            except StopIteration:
+                return
+            except (ValueError, KeyError, TypeError, csv.Error):
+                yield 0, None
+
+
+def _transfer_of(row: dict[str, str]) -> Transfer:
+    return Transfer(
+        time=float(row["time"]),
+        round=int(row["round"]),
+        node=int(row["node"]),
+        direction=row["direction"],
+        kind=row["kind"],
+        parameters=int(row["parameters"]),
+        raw_bytes=int(row["raw_bytes"]),
+        payload_bytes=int(row["payload_bytes"]),
+        message_bytes=int(row["message_bytes"]) if row["message_bytes"] else None,
+        encode_seconds=_seconds(row["encode_seconds"]),
+        decode_seconds=_seconds(row["decode_seconds"]),
+        node_decode_seconds=_seconds(row["node_decode_seconds"]),
+    )
 
 
 def _seconds(text: str) -> float | None:
@@ -212,16 +252,7 @@ def _shown(value: Any) -> Any:
     return f"{value:.6f}" if isinstance(value, float) else value
 
 
-def _cut_to_whole_lines(path: Path) -> None:
-    with path.open("rb+") as file:
-        size = at = file.seek(0, os.SEEK_END)
-        while at:
-            start = max(0, at - 4096)
-            file.seek(start)
-            end = file.read(at - start).rfind(b"\n")
-            if end >= 0:
-                at = start + end + 1
-                break
-            at = start
-        if at < size:
-            file.truncate(at)
+def _line(cells: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue()

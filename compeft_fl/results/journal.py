@@ -3,7 +3,7 @@
 ``progress.jsonl`` in the run's folder has one JSON object per line, so that a display in another
 process can follow it: events ``run``, ``sent``, ``reply``, ``score``, ``end`` and ``error``, each
 with ``time``, the seconds since the run began. Each message by itself is in ``ledger.csv``, see
-`compeft_fl.exchange.ledger`.
+`compeft_fl.exchange.ledger`. A full disk costs lines, and not the run.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from compeft_fl.exchange.ledger import Ledger, RoundTotals, Transfer
+from compeft_fl.exchange.records import LOGGER
+from compeft_fl.lines import Lines
 
 if TYPE_CHECKING:
     from flwr.app import MetricRecord
 
-__all__ = ["PROGRESS_FILE", "Journal", "RoundRecord", "RunRecord"]
+__all__ = ["PROGRESS_FILE", "Journal", "RoundRecord", "RunRecord", "event_of"]
 
 PROGRESS_FILE: Final = "progress.jsonl"
 
@@ -101,6 +103,16 @@ class RunRecord:
         }
 
 
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event that a line of ``progress.jsonl`` tells; None where a damaged line tells none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    told = isinstance(event, dict) and isinstance(event.get("event"), str)
+    return event if told else None
+
+
 class Journal:
     """Writes a run's events down and sums them up; a `compeft_fl.strategies.RoundObserver`.
 
@@ -123,7 +135,7 @@ class Journal:
         self.folder = folder
         self.ledger = Ledger(folder)
         self._scenario, self._num_rounds, self._settings = scenario, rounds, dict(settings)
-        self._path = folder / PROGRESS_FILE
+        self._lines = Lines(folder / PROGRESS_FILE, LOGGER)
         self._started = time.perf_counter()
         self._round_ended = self._started
         self._num_parameters = 0
@@ -256,6 +268,4 @@ class Journal:
 
     def _write(self, event: str, **fields: Any) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
-        line = json.dumps({"event": event, "time": seconds, **fields})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._lines.add(json.dumps({"event": event, "time": seconds, **fields}))

@@ -6,11 +6,13 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from compeft_fl.atomic import replacing
+from compeft_fl.exchange.records import LOGGER
 from compeft_fl.results import overhead
 from compeft_fl.results.journal import RoundRecord, RunRecord
 from compeft_fl.results.units import percent, size
@@ -29,13 +31,30 @@ _UP, _BOTH = "#0072b2", "#d55e00"  # told apart by everyone
 
 
 def write(folder: Path, record: RunRecord) -> dict[str, Any]:
-    """Write all reports of a run into its folder and return the summary."""
+    """Write all reports of a run into its folder and return the summary.
+
+    What cannot be written is missing, with a line in the log.
+
+    Raises
+    ------
+    OSError
+        The summary cannot be written; all others were tried.
+    """
     summary = record.summary()
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    _write_metrics(folder / METRICS_FILE, record)
-    plot(folder / PLOT_FILE, summary)
+    parts: list[tuple[str, Callable[[Path], None]]] = [
+        (METRICS_FILE, lambda path: _write_metrics(path, record)),
+        (PLOT_FILE, lambda path: plot(path, summary)),
+    ]
     if record.ledger is not None:
-        overhead.plot(folder / overhead.BYTES_PLOT_FILE, summary)
+        parts.append((overhead.BYTES_PLOT_FILE, lambda path: overhead.plot(path, summary)))
+    for name, write_part in parts:
+        try:
+            write_part(folder / name)
+        except OSError as error:
+            LOGGER.warning("%s is not written: %s", name, error)
+    text = json.dumps(summary, indent=2) + "\n"
+    with replacing(folder / SUMMARY_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return summary
 
 

@@ -6,11 +6,13 @@ They are written by tensorboardX, which is an extra (``pip install 'compeft-fl[t
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.ledger import Ledger, RoundTotals
+from compeft_fl.exchange.records import LOGGER
 from compeft_fl.results.journal import RoundRecord
 
 __all__ = ["Board"]
@@ -39,6 +41,7 @@ class Board:
             raise ConfigError(
                 "tensorboard: tensorboardX is not installed: pip install 'compeft-fl[tensorboard]'"
             ) from None
+        self._broken = False
         self._writer: Any = SummaryWriter(str(folder / FOLDER), write_to_disk=True)
 
     def write(self, server_round: int, record: RoundRecord, ledger: Ledger) -> None:
@@ -61,11 +64,18 @@ class Board:
             for what in ("raw_bytes", "payload_bytes", "message_bytes"):
                 scalars[f"{direction}/{what}"] = getattr(here, what)
                 scalars[f"{direction}_so_far/{what}"] = sum(getattr(t, what) for t in before)
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, server_round)
-        self._writer.flush()
+        if self._broken:
+            return
+        try:
+            for name, value in scalars.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, server_round)
+            self._writer.flush()
+        except OSError as error:  # a full disk, say: the run goes on without
+            self._broken = True
+            LOGGER.warning("nothing more is written for TensorBoard: %s", error)
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._writer.close()

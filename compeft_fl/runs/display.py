@@ -23,6 +23,7 @@ from compeft_fl.errors import ConfigError
 from compeft_fl.results import overhead, report, units
 from compeft_fl.runs import launch
 from compeft_fl.runs.scenario import SIMULATION_DEFAULTS, SIMULATION_HELP, Scenario
+from compeft_fl.server.checkpoint import alone_in
 from compeft_fl.strategies import RoundCounts
 
 __all__ = ["resume", "run", "show_keys"]
@@ -94,6 +95,8 @@ def resume(
     ------
     ConfigError
         No folder of a run, one that has completed, or a key or a value that does not fit.
+    StateError
+        A server works in it.
     """
     try:
         plain = json.loads((folder / SCENARIO_FILE).read_text(encoding="utf-8"))
@@ -106,6 +109,8 @@ def resume(
     run = {**run, "resume": True, "run-dir": str(folder)}
     scenario = Scenario.of(run, simulation, arguments)
     _check(scenario.config)
+    with alone_in(folder):  # what the ServerApp would say half a minute later
+        pass
     return _go(scenario, folder, launcher, "run")
 
 

@@ -28,7 +28,7 @@ from compeft_fl import __version__
 from compeft_fl.app.config import AppConfig, Scalar
 from compeft_fl.app.tasks.data import EMBEDDED
 from compeft_fl.errors import CompeftError
-from compeft_fl.results.journal import PROGRESS_FILE
+from compeft_fl.results.journal import PROGRESS_FILE, event_of
 from compeft_fl.runs.processes import ProcessFamily
 from compeft_fl.runs.scenario import Scenario
 
@@ -290,7 +290,9 @@ class _Events:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                event = event_of(line)
+                if event is not None:
+                    yield event
 
 
 def _follow(session: FlowerSession, run_id: str, events: _Events) -> tuple[str, str]:
