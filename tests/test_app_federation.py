@@ -203,7 +203,7 @@ def test_a_folder_holds_one_run(tiny_config, tmp_path):
         run(config, tmp_path)
     with (
         alone_in(tmp_path),
-        pytest.raises(StateError, match="another server, process .* one at a time"),
+        pytest.raises(StateError, match=r"another server, process .* one at a time"),
     ):
         run(dataclasses.replace(config, resume=True), tmp_path)
     assert {file: file.stat().st_mtime for file in tmp_path.rglob("*")} == {

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.metadata
 import json
+import re
 import stat
 import subprocess
 import sys
@@ -222,6 +223,18 @@ def test_compose_files_mount_what_the_script_makes(name: str, tmp_path: Path) ->
     assert mounted
     assert mounted <= made
     assert "--insecure" not in words
+
+
+def test_every_recipe_keeps_the_control_port_to_this_machine() -> None:
+    """Who reaches it can run code: the guide says so, and no recipe opens it."""
+    guide = (RECIPES / "README.md").read_text(encoding="utf-8")
+    assert "has its public certificate can run code on the server and\n  on all nodes" in guide
+    hosts = re.findall(r"flower-superlink .*--host (\S+)", guide)
+    assert hosts == ["127.0.0.1"]
+    assert re.findall(r'^ *address = "(\S+)"', guide, re.MULTILINE) == ["127.0.0.1:8000"]
+    services = yaml.safe_load((RECIPES / "compose.server.yaml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert [port for port in ports if port.endswith(":8000")] == ["127.0.0.1:8000:8000"]
 
 
 def _check_that_the_ledger_adds_up(folder: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_run_that_fails_says_why_and_leaves_nothing(scenario, tmp_path):
     [
         (signal.SIGINT, 130, "progress.jsonl", '"event": "reply"'),
         (signal.SIGTERM, 143, launch.SUPERLINK_LOG_FILE, "Uvicorn running"),
+        (signal.SIGHUP, 129, launch.SUPERLINK_LOG_FILE, "Uvicorn running"),
     ],
 )
 def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
@@ -167,6 +168,25 @@ def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
     assert "stopped; what there is lies in" in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*/summary.json"))
+
+
+@pytest.mark.ray
+def test_a_run_whose_command_is_killed_leaves_nothing(scenario, tmp_path):
+    """kill -9: its children notice, and so does the folder with Flower's state."""
+    run = Watched(str(scenario), "rounds=1000", folder=tmp_path)
+    run.wait_for("progress.jsonl", '"event": "reply"')
+    (home,) = {
+        Path(process.environ()["FLWR_HOME"])
+        for process in list(run.family.values())
+        if "--simulation" in process.cmdline()
+    }
+    assert home.exists()
+    run.process.kill()
+    code, _, _ = run.end()
+    assert code == -signal.SIGKILL
+    psutil.wait_procs(list(run.family.values()), timeout=60)
+    assert run.left() == []
+    assert not home.exists()
 
 
 @pytest.mark.ray

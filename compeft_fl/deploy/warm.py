@@ -106,7 +106,8 @@ def write_program(folder: Path, address: Path, path: str | None = None) -> bool:
 def run(command: Sequence[str]) -> int:
     """Run a SuperNode with warm clients until it ends, and return its exit code.
 
-    SIGTERM and Ctrl-C are passed on to it.
+    SIGTERM, Ctrl-C and a closed terminal are passed on to it; where this process is killed, it and
+    what its clients are forked from end too.
 
     Parameters
     ----------
@@ -115,6 +116,7 @@ def run(command: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="compeft-warm-") as name, ExitStack() as stack:
         folder = Path(name)  # only this user can enter it
+        tell = _guarded(folder, stack)
         environment = dict(os.environ)
         if write_program(folder, folder / "socket"):
             environment["PATH"] = os.pathsep.join([name, os.environ.get("PATH", "")])
@@ -126,14 +128,36 @@ def run(command: Sequence[str]) -> int:
             )
             stack.callback(server.wait)
             stack.callback(server.terminate)
+            tell(server.pid)
         else:
             print(f"compeft-fl warm: clients start cold: no {PROGRAM} here", file=sys.stderr)
         node = subprocess.Popen(command, env=environment, start_new_session=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        tell(node.pid)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asks for that
             before = signal.signal(number, lambda *_: node.terminate())
             stack.callback(signal.signal, number, before)
         code = node.wait()
     return code if code >= 0 else 128 - code
+
+
+def _guarded(folder: Path, stack: ExitStack) -> Callable[[int], None]:
+    """Start what ends this node where this process is killed; give the way to tell it of ids."""
+    try:
+        import psutil
+
+        from compeft_fl.runs.guardian import Guardian
+    except ImportError:  # an extra: an app of one's own may do without
+        return lambda pid: None
+    guardian = Guardian(folder)
+    stack.callback(guardian.leave)
+
+    def tell(pid: int) -> None:
+        with suppress(psutil.Error):
+            guardian.tell([psutil.Process(pid)])
+
+    return tell
 
 
 def serve(address: Path) -> NoReturn:

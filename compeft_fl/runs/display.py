@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TypeAlias
@@ -122,7 +122,8 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
         with _signals(), _Live(scenario) as live:
             outcome = launcher(scenario, folder, live.on_event)
     except _Stopped as stopped:
-        print(f"stopped; what there is lies in {folder}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"stopped; what there is lies in {folder}", file=sys.stderr)
         return _BY_SIGNAL + stopped.number
     except launch.FlowerError as error:
         outcome = launch.Outcome(False, str(error))
@@ -209,7 +210,8 @@ class _Live:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Show an event of ``progress.jsonl``."""
@@ -270,14 +272,17 @@ class _Live:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Make Ctrl-C and SIGTERM end the run in order; while that goes on, more of them wait."""
+    """Make Ctrl-C, SIGTERM and a closed terminal end the run in order; more of them wait."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise _Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # else nohup asks that a closed terminal ends nothing
+    before = {number: signal.getsignal(number) for number in numbers}
     for number in before:
         signal.signal(number, stop)
     try:

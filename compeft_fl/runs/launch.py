@@ -109,6 +109,7 @@ class FlowerSession:
 
     def __enter__(self) -> Self:
         try:
+            self.family.guard()
             self._start()
         except BaseException:
             self.close()
@@ -127,6 +128,7 @@ class FlowerSession:
         """End every process of the session and remove its folder."""
         self.family.end()
         shutil.rmtree(self.home, ignore_errors=True)
+        self.family.unguard()
 
     def submit(self, app: Path, federation: Mapping[str, Scalar]) -> str:
         """Start a run of the app in a folder and return its id.

@@ -21,6 +21,8 @@ from typing import Final
 
 import psutil
 
+from compeft_fl.runs.guardian import Guardian
+
 __all__ = ["ProcessFamily"]
 
 _MARK: Final = "COMPEFT_FL_FAMILY"
@@ -46,6 +48,17 @@ class ProcessFamily:
         self._born = _now()
         self._started: list[_Child] = []
         self._sessions: dict[int, _Session] = {}
+        self._guardian: Guardian | None = None
+
+    def guard(self) -> None:
+        """Let the family, and its folder, not outlive this process, however that ends."""
+        self._guardian = Guardian(self._folder, f"{_MARK}={self._mark}")
+
+    def unguard(self) -> None:
+        """Say that the family has ended and the folder is gone."""
+        if self._guardian is not None:
+            self._guardian.leave()
+            self._guardian = None
 
     def start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a process in a session of its own (Ctrl-C does not reach it); output goes to `log`.
@@ -67,6 +80,9 @@ class ProcessFamily:
             )
         self._started.append(process)
         self._sessions[process.pid] = _Session(process)
+        if self._guardian is not None:
+            with contextlib.suppress(psutil.Error):  # it has ended already
+                self._guardian.tell([psutil.Process(process.pid)])
         return process
 
     def call(self, command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -155,6 +171,9 @@ class ProcessFamily:
 
     def _remember(self, processes: Iterable[psutil.Process]) -> None:
         """Note who is in which session, so that what they leave behind there is found."""
+        processes = list(processes)
+        if self._guardian is not None:
+            self._guardian.tell(processes)
         for process in processes:
             with contextlib.suppress(OSError):
                 session = os.getsid(process.pid)
