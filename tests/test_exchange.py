@@ -361,3 +361,15 @@ def test_one_node_without_error_feedback_is_followed(tmp_path):
         rows.append(compress(tau, 0.3, "mean").to_task_vector().values)
     wanted = np.average(rows, axis=0, weights=[tiny.num_examples(node) for node in NODES])
     np.testing.assert_allclose(flat(result.arrays) - flat(tiny.arrays()), wanted, atol=1e-6)
+
+
+def test_after_evaluation_a_node_keeps_one_residual(tmp_path):
+    """Whether its update was taken is known then: two adapters on disk in place of three."""
+    strategy = ComPEFTAverage()
+    start(strategy, grid_of(), 2)
+    state = remembered(strategy)
+    assert state.residual is not None
+    assert state.next_residual is None
+    file = Path(os.environ["COMPEFT_FL_STATE_DIR"]) / strategy._broadcaster.federation
+    size = (file / f"0-of-{N}" / "state.safetensors").stat().st_size
+    assert size < 2 * 4 * state.layout.num_parameters + 1000

@@ -18,6 +18,7 @@ from flwr.app import Context, RecordDict
 from local_grid import LocalGrid
 from test_exchange import flat, resumable, start
 
+from compeft_fl.cli.main import main
 from compeft_fl.client import state_store
 from compeft_fl.client.node_memory import NodeMemory, default_root, node_name
 from compeft_fl.client.state_store import MARKER, inventory, open_federation, remove
@@ -269,6 +270,39 @@ def test_a_folder_that_is_cleared_meanwhile_is_made_again(tmp_path):
         assert memory.save(state_of(5))
     assert remove(state) == ""
     assert kept(tmp_path, "f") is None
+
+
+def test_the_command_lists_and_clears(tmp_path, capsys):
+    for federation in ("first", "second", "third", "ours-and-theirs"):
+        keep(tmp_path, federation)
+    grow_old(tmp_path / "second")
+    (tmp_path / "ours-and-theirs" / "thesis.tex").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    at = ["--dir", str(tmp_path)]
+    assert main(["state", *at]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("first", "second", "third", "ours-and-theirs"))
+    assert "photos" not in out
+    assert main(["state", "clear", "--older", "7", *at]) == 0
+    assert capsys.readouterr().out.startswith(f"removed {tmp_path / 'second'}: 1 nodes, ")
+    assert main(["state", "clear", "third", *at]) == 0
+    assert not (tmp_path / "third").exists()
+    assert main(["state", "clear", "fourth", *at]) == 2
+    assert capsys.readouterr().err.startswith("compeft-fl state: error: expected a federation in")
+    assert main(["state", "clear", *at]) == 2
+    err = capsys.readouterr().err
+    assert "ours-and-theirs (thesis.tex in it was not made here)" in err
+    assert err.count("\n") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["ours-and-theirs", "photos"]
+    assert main(["state", "--dir", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.startswith("nothing in ")
+
+
+def test_a_name_from_a_server_acts_on_no_terminal(tmp_path, capsys):
+    keep(tmp_path, "a\x1b[2Jb")
+    assert main(["state", "--dir", str(tmp_path)]) == 0
+    assert main(["state", "clear", "--dir", str(tmp_path)]) == 0
+    assert "\x1b[2J" not in capsys.readouterr().out
 
 
 _NO_HOME = """

@@ -31,7 +31,14 @@ from compeft_fl.errors import CompeftError, ParameterError, ResyncError, StateEr
 from compeft_fl.exchange.carried import Apart, follow_apart
 from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
-from compeft_fl.exchange.protocol import Answer, Offer, follow, settle, update_id
+from compeft_fl.exchange.protocol import (
+    UNKNOWN,
+    Answer,
+    Offer,
+    follow,
+    settle,
+    update_id,
+)
 from compeft_fl.exchange.records import (
     CARRIED_KEY,
     EXCHANGE_KEY,
@@ -187,7 +194,7 @@ class CompressionMod:
                 replica = follow(
                     state, offer, shipment, lambda: self._initial(context, building, apart)
                 )
-            if trains:
+            if trains or offer.taken != UNKNOWN:  # what is settled is smaller on disk
                 state = _settled(state, offer)
         except ResyncError as error:
             LOGGER.info("CompressionMod: asks for what it lacks: %s", error)

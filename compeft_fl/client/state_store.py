@@ -42,8 +42,15 @@ from compeft_fl.exchange.node_state import LOCK_FILE, STATE_FILE, safe_name
 from compeft_fl.exchange.records import LOGGER
 
 __all__ = [
-    "MARKER", "FederationState", "claim_node", "forget", "inventory", "open_federation", "remove",
-]  # fmt: skip
+    "MARKER",
+    "FederationState",
+    "claim_node",
+    "clear",
+    "forget",
+    "inventory",
+    "open_federation",
+    "remove",
+]
 
 MARKER: Final = ".compeft-fl"
 OWNER_FILE: Final = "owner.json"
@@ -210,6 +217,14 @@ def remove(state: FederationState) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def clear(root: Path) -> None:
+    """Remove all that was made in a state folder, and the folder itself where that was all."""
+    for state in inventory(root):
+        remove(state)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 def forget(root: Path, federation: str) -> None:

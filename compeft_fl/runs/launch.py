@@ -27,6 +27,7 @@ from typing import Any, Final, Self
 from compeft_fl import __version__
 from compeft_fl.app.config import AppConfig, Scalar
 from compeft_fl.app.tasks.data import EMBEDDED
+from compeft_fl.client import state_store
 from compeft_fl.errors import CompeftError
 from compeft_fl.results.journal import PROGRESS_FILE, event_of
 from compeft_fl.runs.processes import ProcessFamily
@@ -227,7 +228,7 @@ def simulate(
             log.wait(_LAST_LINES_SECONDS)
     events.read()
     if status == "finished:completed" and events.ended:
-        shutil.rmtree(state, ignore_errors=True)  # what the nodes remember: nobody goes on from it
+        state_store.clear(state)  # what the nodes remember: nobody goes on from it
         return Outcome(True)
     # What a ServerApp says whose SuperLink has ended follows from that.
     reason = details if status == _SUPERLINK_ENDED else events.error or details
