@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict, Unpack
@@ -18,6 +19,7 @@ from compeft_fl.server.base import Base
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.intake import Reply, describe, update_of, weight_of
+from compeft_fl.server.links import RoundGrid
 from compeft_fl.server.metrics import Metrics
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
@@ -104,6 +106,11 @@ class ComPEFTStrategy(FedAvg):
         self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._base: Base | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "start" in cls.__dict__:
+            cls.start = _over_rounds(cls.start)  # type: ignore[method-assign]
 
     @abstractmethod
     def accumulator(self, layout: Layout) -> Accumulator:
@@ -300,3 +307,19 @@ def _say_of_carried(server_round: int, average: CarriedAverage) -> None:
             server_round,
             name,
         )
+
+
+def _over_rounds(start: Callable[..., Result]) -> Callable[..., Result]:
+    """A user's own loop over rounds, on a grid that tells what came of each reply."""
+
+    @functools.wraps(start)
+    def around(self: ComPEFTStrategy, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        if isinstance(grid, RoundGrid):
+            return start(self, grid, *args, **kwargs)
+        self._outcomes.begin()
+        result = start(self, RoundGrid(grid, self._outcomes), *args, **kwargs)
+        self._outcomes.close()
+        self._outcomes.check(result)
+        return result
+
+    return around

@@ -72,7 +72,8 @@ class CompressionMod:
     ArrayRecords, as stock strategies send them, stay as they are. On the way out of training, the
     reply's ArrayRecord is replaced by one Array with the Update of returned - received weights, and
     one with the carried tensors that have changed, see `compeft_fl.tensor_policy.TensorPolicy`.
-    Replies to other messages, error replies and replies without arrays are not touched.
+    Arrays in replies to evaluate messages are left out, with a line in the log. Replies to other
+    messages, error replies and replies without arrays are not touched.
 
     What a node must remember from round to round, its residual and its copy of the global adapter,
     lies in files under a state folder, see `compeft_fl.client.node_memory`. What cannot be
@@ -214,6 +215,8 @@ class CompressionMod:
             memory.save(memory.state.following(replica, apart))
             return reply
         encoding, sent = _Watch(), NO_UPDATE
+        if msg.metadata.message_type.partition(".")[0] == "evaluate":
+            _leave_arrays_out(reply)
         if trains and array_records(reply.content):
             with encoding:
                 state = self._compress_outgoing(received, reply, state, offer.version)
@@ -236,6 +239,11 @@ class CompressionMod:
             return reply
         if not received.records:  # nothing to be relative to
             return reply
+        if received.layout is None:
+            _say_once(
+                "the server sent ordinary arrays, as a stock strategy does, which cannot read the "
+                "Updates that this node answers with: wrap it in compeft_fl.strategies.Compressed"
+            )
         state = self._compress_outgoing(received, reply, memory.state, received.version)
         if not self._sends_dense and self.error_feedback:
             # Nobody says later whether it was taken: suppose that it was.
@@ -336,6 +344,28 @@ def _log_pressure(feedback: ErrorFeedback) -> None:
 
 def _trains(msg: Message) -> bool:
     return msg.metadata.message_type.partition(".")[0] == "train"
+
+
+def _leave_arrays_out(reply: Message) -> None:
+    """Take the arrays out of a reply to an evaluation, which nobody reads there."""
+    arrays = array_records(reply.content)
+    if not arrays:
+        return
+    _say_once(
+        f"the arrays in replies to evaluate messages ({', '.join(arrays)}) are left out: a "
+        "strategy takes their metrics only"
+    )
+    others = {key: record for key, record in reply.content.items() if key not in arrays}
+    reply.content = RecordDict(others)
+
+
+_said: set[str] = set()  # in this process
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        LOGGER.warning("CompressionMod: %s", line)
 
 
 def _version(state: NodeState) -> int:

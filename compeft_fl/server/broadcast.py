@@ -35,7 +35,7 @@ from compeft_fl.exchange.records import (
 )
 from compeft_fl.server.base import Base
 from compeft_fl.server.downlink_options import DownlinkOptions, log_lag
-from compeft_fl.server.nodes import NodeTable
+from compeft_fl.server.nodes import Node, NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
 from compeft_fl.task_vector import TaskVector
@@ -77,7 +77,7 @@ class Broadcaster:
         self._resyncs: dict[int, int] = {}  # in this round, by node id
         self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
         self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
-        self._addressed: set[int] = set()  # nodes of this round
+        self._addressed: dict[int, RecordDict] = {}  # contents of this round, by node id
         self._key = ""
 
     def begin(self) -> None:
@@ -178,10 +178,34 @@ class Broadcaster:
             message.content = sent[same][1]
             groups.setdefault(same[1:3], (num_bytes, []))[1].append(node_id)
             addressed[node_id] = base
-            self._addressed.add(node_id)
+            self._addressed[node_id] = message.content
         for num_bytes, nodes in groups.values():
             self._observer.on_broadcast(server_round, kind, nodes, num_bytes)
         return addressed
+
+    def expected_bytes(self, node_ids: Iterable[int]) -> int:
+        """What one of these nodes lacks of the current version, in bytes, on the mean."""
+        found = [self._lacked_by(self._nodes.get(node_id)) for node_id in node_ids]
+        sizes = [shipment.num_bytes + len(carried or b"") for shipment, carried in found]
+        return round(sum(sizes) / len(sizes)) if sizes else 0
+
+    def restore_offers(self, messages: Iterable[Message]) -> None:
+        """Give messages their offers back, where a strategy's own code has made new contents.
+
+        Empty ArrayRecords, which stand where a node lacks nothing, are taken out.
+        """
+        for message in messages:
+            addressed = self._addressed.get(message.metadata.dst_node_id)
+            content = message.content
+            if addressed is None:
+                continue
+            if EXCHANGE_KEY not in content and self._key in content:
+                kept = (EXCHANGE_KEY, CARRIED_KEY)
+                offer = {key: addressed[key] for key in kept if key in addressed}
+                message.content = content = RecordDict({**content, **offer})
+            record = content.get(self._key)
+            if isinstance(record, ArrayRecord) and not record:
+                del content[self._key]
 
     @property
     def num_parameters(self) -> int:
@@ -243,18 +267,21 @@ class Broadcaster:
 
     def _for(self, node_id: int) -> tuple[Shipment, bytes | None, bytes]:
         """What a node is sent, also of carried tensors, and which of its updates was taken last."""
+        known = self._nodes.get(node_id)
+        shipment, carried = self._lacked_by(known)
+        return self._shared(shipment), carried, UNKNOWN if known is None else known.taken
+
+    def _lacked_by(self, known: Node | None) -> tuple[Shipment, bytes | None]:
+        """What a node lacks, and what of carried tensors."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
-        known = self._nodes.get(node_id)
         if known is None and self._restored:
             # After a restart the nodes may have other ids, and have kept all but the last version.
-            return self._shared(Shipment("nothing")), None, UNKNOWN
+            return Shipment("nothing"), None
         if known is None:
-            first = self._shared(self._lacking(self._start))
-            return first, self._carried.lacking(NOTHING), UNKNOWN
+            return self._lacking(self._start), self._carried.lacking(NOTHING)
         version = None if known.version == NOTHING else known.version
-        carried = self._carried.lacking(known.carried)
-        return self._shared(self._lacking(version)), carried, known.taken
+        return self._lacking(version), self._carried.lacking(known.carried)
 
     def _lacking(self, version: int | None) -> Shipment:
         """See `Downlink.lacking`; timed."""
@@ -289,8 +316,8 @@ class Broadcaster:
             )
         others = {key: record for key, record in content.items() if key != self._key}
         others[EXCHANGE_KEY] = offer_record(offer, self._key, shipment.kind)
-        if shipment.blobs:
-            others[self._key] = self._record(shipment)
+        # An empty record goes no further than `restore_offers`: a strategy's own code may look.
+        others[self._key] = self._record(shipment) if shipment.blobs else ArrayRecord()
         if carried is not None:
             others[CARRIED_KEY] = carried_record(carried)
         return RecordDict(others)

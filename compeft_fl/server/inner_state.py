@@ -11,7 +11,27 @@ from flwr.serverapp.strategy import Strategy
 
 from compeft_fl.exchange.records import to_arrays, to_state
 
-__all__ = ["restore_state", "state_of"]
+__all__ = ["InnerState", "restore_state", "state_of"]
+
+
+class InnerState:
+    """What a checkpoint keeps of a wrapped strategy: its arrays (momentum, say) and numbers.
+
+    Parameters
+    ----------
+    strategy : flwr.serverapp.strategy.Strategy
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def state(self) -> dict[str, Any]:
+        """See `state_of`."""
+        return state_of(self._strategy)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        restore_state(self._strategy, state)
 
 
 def state_of(strategy: Strategy) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Outcomes:
             See `Replies`.
         """
         messages = list(messages)
+        self.broadcaster.restore_offers(messages)
         stream = grid.send_and_receive(messages, timeout=timeout)
         self.broadcaster.transfers.pushed(messages, stream.lost)
         if kind == "train":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
@@ -137,7 +137,7 @@ class _Shelf:
         """The same content, the data of its arrays on the shelf."""
         return RecordDict(
             {
-                key: ArrayRecord({name: self._shelved(array) for name, array in record.items()})
+                key: _filled(ArrayRecord(), {n: self._shelved(each) for n, each in record.items()})
                 if isinstance(record, ArrayRecord)
                 else record
                 for key, record in content.items()
@@ -191,20 +191,29 @@ class SizedArrays(ArrayRecord):
     Parameters
     ----------
     arrays : flwr.app.ArrayRecord
-    num_bytes : int
+    num_bytes : callable
+        Gives them; called when somebody asks.
     """
 
-    def __init__(self, arrays: ArrayRecord, num_bytes: int) -> None:
-        super().__init__(dict(arrays))
+    def __init__(self, arrays: ArrayRecord, num_bytes: Callable[[], int]) -> None:
+        super().__init__()
+        _filled(self, arrays)
         self.__dict__["_num_bytes"] = num_bytes
 
     def count_bytes(self) -> int:
         """The bytes on the wire, of the Updates that stand for these arrays."""
-        found: int = self.__dict__["_num_bytes"]
+        found: int = self.__dict__["_num_bytes"]()
         return found
 
     def __reduce__(self) -> Any:
         return ArrayRecord, (dict(self),)
+
+
+def _filled(record: ArrayRecord, arrays: Mapping[str, Array]) -> ArrayRecord:
+    """The record with these very objects; its constructor makes others."""
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 # Flower writes a class's name into the bytes of its objects.

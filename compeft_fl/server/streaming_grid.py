@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from compeft_fl.exchange.records import LOGGER
 
-__all__ = ["ReplyStream", "StreamingGrid", "name_nodes"]
+__all__ = ["GridAround", "ReplyStream", "StreamingGrid", "name_nodes"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks at all who have not answered
 
@@ -24,8 +24,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks at all who
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, DecodeError)
 
 
-class StreamingGrid(Grid):
-    """Any grid, but `send_and_receive` gives an iterator that pulls one reply at a time.
+class GridAround(Grid):
+    """A grid around another, whose methods it has.
 
     Parameters
     ----------
@@ -35,36 +35,11 @@ class StreamingGrid(Grid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    @classmethod
-    def around(cls, grid: Grid) -> StreamingGrid:
-        """The grid itself where it streams already."""
-        return grid if isinstance(grid, cls) else cls(grid)
-
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> ReplyStream:
-        """Push the messages now; pull the replies as the iterator is read.
-
-        Parameters
-        ----------
-        messages : iterable of flwr.app.Message
-        timeout : float, optional
-            Seconds from now after which the iterator ends; default: when all have answered.
-        """
-        messages = list(messages)
-        message_ids = list(self._grid.push_messages(messages))
-        if len(message_ids) == len(messages):
-            sent = dict(zip(message_ids, messages, strict=True))
-        else:  # a grid that leaves out what it could not push
-            by_id = {message.metadata.message_id: message for message in messages}
-            sent = {each: by_id[each] for each in message_ids if each in by_id}
-        sent = {message_id: message for message_id, message in sent.items() if message_id}
-        lost = sorted(_nodes(messages) - _nodes(sent.values()))
-        if lost:
-            LOGGER.warning("the message to %s could not be sent", name_nodes(lost))
-        return ReplyStream(self._grid, sent, timeout, lost)
-
-    # All else is the wrapped grid's.
+    ) -> Iterable[Message]:
+        """See `flwr.serverapp.Grid.send_and_receive`."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
 
     def set_run(self, run: Any) -> None:
         """See `flwr.serverapp.Grid.set_run`."""
@@ -104,6 +79,44 @@ class StreamingGrid(Grid):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
+
+
+class StreamingGrid(GridAround):
+    """Any grid, but `send_and_receive` gives an iterator that pulls one reply at a time.
+
+    Parameters
+    ----------
+    grid : flwr.serverapp.Grid
+    """
+
+    @classmethod
+    def around(cls, grid: Grid) -> StreamingGrid:
+        """The grid itself where it streams already."""
+        return grid if isinstance(grid, cls) else cls(grid)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> ReplyStream:
+        """Push the messages now; pull the replies as the iterator is read.
+
+        Parameters
+        ----------
+        messages : iterable of flwr.app.Message
+        timeout : float, optional
+            Seconds from now after which the iterator ends; default: when all have answered.
+        """
+        messages = list(messages)
+        message_ids = list(self._grid.push_messages(messages))
+        if len(message_ids) == len(messages):
+            sent = dict(zip(message_ids, messages, strict=True))
+        else:  # a grid that leaves out what it could not push
+            by_id = {message.metadata.message_id: message for message in messages}
+            sent = {each: by_id[each] for each in message_ids if each in by_id}
+        sent = {message_id: message for message_id, message in sent.items() if message_id}
+        lost = sorted(_nodes(messages) - _nodes(sent.values()))
+        if lost:
+            LOGGER.warning("the message to %s could not be sent", name_nodes(lost))
+        return ReplyStream(self._grid, sent, timeout, lost)
 
 
 class ReplyStream(Iterator[Message]):
