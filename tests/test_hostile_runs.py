@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from test_hostile_commands import ESCAPE, check_one_line
 
+from compeft_fl.deploy import deployment
+from compeft_fl.runs import display
+
 HUGE = "9" * 5000
 SCENARIOS = {
     "digits": f"[run]\nrounds = {HUGE}",
@@ -63,3 +66,27 @@ def test_a_hostile_folder_to_resume(content, tmp_path, monkeypatch, capsys):
     run.mkdir()
     (run / "scenario.json").write_text(content)
     check_one_line(capsys, "run", "--resume", run)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["deploy", "--mbit", "x\x1b"], ["deploy", "--mbit", "-1"], ["deploy", "--mbit", "nan"],
+        ["deploy", "--mbit", "0"], ["deploy", "--latency", "-5"], ["deploy", "--latency", "inf"],
+        ["deploy", "--latency", "nan"], ["bench"], ["bench", "nothing\x1b"],
+        ["bench", "learning", "--seeds", "x\x1b"], ["bench", "learning", "--seeds", HUGE],
+        ["bench", "learning", "--settings", "none\x1b"], ["bench", "learning", "--workers", "0"],
+        ["bench", "learning", "--workers", "-3"], ["bench", "learning", "--workers", HUGE],
+        ["bench", "codecs", "--taus", "none\x1b"], ["bench", "codecs", "--only", "none\x1b"],
+        ["bench", "merge", "--out", "file/beside"], ["run", "--out", "file"],
+        ["run", "--out", "a\0b"], ["run", "a.toml", "b.toml\x1b"], ["run", "--resume", "none\x1b"],
+        ["warm"], ["inspect", "file", "--max-parameters", "x\x1b"],
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit(line, tmp_path, monkeypatch, capsys):
+    """None of these starts anything."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    for start in (display.launch.simulate, deployment.deploy):
+        monkeypatch.setattr(f"{start.__module__}.{start.__name__}", None)
+    check_one_line(capsys, *line)

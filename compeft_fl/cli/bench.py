@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         bench.add_argument("--quick", action="store_true", help="a small set, in minutes")
         if name == "codecs":
             bench.add_argument(
-                "--taus", type=Path, metavar="DIR",
+                "--taus", type=_folder, metavar="DIR",
                 help="real task vectors, safetensors (the clone's simulations/data/taus)",
             )  # fmt: skip
             bench.add_argument(
@@ -60,8 +60,20 @@ def add_parser(commands: Any) -> None:
 def _add_sweep(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--settings", metavar="NAME,...", help="only these settings")
     bench.add_argument("--seeds", metavar="N,...", help="other seeds, the same for all settings")
-    bench.add_argument("--workers", type=int, metavar="N", help="runs at a time (cores)")
+    bench.add_argument("--workers", type=_count, metavar="N", help="runs at a time (cores)")
     bench.add_argument("--report", action="store_true", help="run nothing, report what there is")
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, found {text!r}")
+    return Path(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 4 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number over 0, found {text!r}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

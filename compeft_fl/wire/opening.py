@@ -198,7 +198,7 @@ def _check_plausible(messages: list[Any], bodies: list[Any], most: int | None) -
     if claimed > most:
         raise ImplausibleSizeError(
             f"expected at most {most} parameters in {streams} bytes of values, found {claimed}; "
-            "give the layout, or max_parameters, if that is what it has"
+            "give the layout, or max_parameters (a command's --max-parameters), if it has so many"
         )
 
 
