@@ -23,6 +23,7 @@ from compeft_fl.server.links import RoundGrid
 from compeft_fl.server.metrics import Metrics
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
+from compeft_fl.server.privacy import check_outermost
 from compeft_fl.server.robustness import (
     Candidate,
     SignAgreementFilter,
@@ -126,6 +127,7 @@ class ComPEFTStrategy(FedAvg):
 
     def summary(self) -> None:
         """Log the strategy's settings."""
+        check_outermost(self)
         LOGGER.info("\t├──> %s", self.describe())
         if self.robustness is not None:
             LOGGER.info("\t├──> %s", self.robustness.describe())
@@ -172,6 +174,7 @@ class ComPEFTStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Messages of the next round of training, each with what its node lacks."""
+        check_outermost(self)
         self._base = self._broadcaster.base(arrays)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._broadcaster.address(messages, server_round, "train", self._base)

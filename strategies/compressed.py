@@ -18,6 +18,7 @@ from compeft_fl.server.inner_state import InnerState
 from compeft_fl.server.links import LinkGrid, Links
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
+from compeft_fl.server.privacy import check_outermost, wrapped
 from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.tensor_policy import TensorPolicy
 
@@ -73,9 +74,14 @@ class Compressed(Strategy):
     ) -> None:
         from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 
-        if not isinstance(inner, Strategy) or isinstance(inner, Compressed | ComPEFTStrategy):
+        found = wrapped(inner)
+        if not isinstance(inner, Strategy) or isinstance(found, Compressed | ComPEFTStrategy):
+            order = ""
+            if found is not inner:  # inside a wrapper for differential privacy
+                order = f"; this order works: Compressed({type(inner).__name__}(FedAvg(...), ...))"
             raise ParameterError(
-                f"expected a strategy that reads ordinary arrays, found {type(inner).__name__}"
+                f"expected a strategy that reads ordinary arrays, found {type(found).__name__}"
+                + order
             )
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
@@ -100,6 +106,7 @@ class Compressed(Strategy):
 
     def summary(self) -> None:
         """Log the strategy's settings."""
+        check_outermost(self)
         LOGGER.info("\t├──> Compressed links around %s:", type(self.inner).__name__)
         self.inner.summary()
 
@@ -145,6 +152,7 @@ class Compressed(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The inner strategy's messages, their arrays replaced by Updates."""
+        check_outermost(self)
         self._arrays = arrays
         sized = self._links.sized(arrays, grid)
         messages = self.inner.configure_train(server_round, sized, config, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class Changes:
         Zero where a tensor is left: it was not returned, or a rule says so.
     carried : bytes or None
         The tensors beside it that are others now, see `Apart.to_bytes`; None: there are none.
+    carried_norm : float
+        The norm of what they have changed by.
     left : list of str
         Trained and carried tensors that the reply does not have.
     """
@@ -50,6 +53,7 @@ class Changes:
     key: str
     tau: TaskVector
     carried: bytes | None
+    carried_norm: float
     left: list[str]
 
 
@@ -82,7 +86,7 @@ def changes_in(reply: Message, received: Received, policy: TensorPolicy) -> Chan
     changed = _carried(apart, after)
     carried = apart.with_values(changed).to_bytes(changed) if changed else None
     left = [name for name in before if name not in after and not apart.is_left(name)]
-    return Changes(key, tau, carried, left)
+    return Changes(key, tau, carried, _norm_of_change(apart.carried, changed), left)
 
 
 def _before_and_after(reply: Message, received: Received) -> tuple[str, State, State]:
@@ -165,3 +169,13 @@ def _carried(apart: Apart, after: State) -> State:
         if not same(new, old):
             changed[name] = new
     return changed
+
+
+def _norm_of_change(before: State, after: State) -> float:
+    """The Euclidean norm of what carried tensors have changed by."""
+    total = 0.0
+    for name, new in after.items():
+        with np.errstate(over="ignore"):
+            change = new.astype(np.float64) - before[name].astype(np.float64)
+            total += float(np.sum(change * change))
+    return math.sqrt(total)

@@ -23,6 +23,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from compeft_fl import codecs
 from compeft_fl.client.changes import Received, changes_in
 from compeft_fl.client.node_memory import NodeMemory
+from compeft_fl.client.privacy import Privacy, check_order, within_bound
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
@@ -53,7 +54,13 @@ from compeft_fl.exchange.records import (
     unflatten,
     update_record,
 )
-from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay
+from compeft_fl.exchange.uplink import (
+    AT_RISK,
+    RESIDUAL_DECAY,
+    ErrorFeedback,
+    check_decay,
+    within,
+)
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, decode_parts, encode_parts, inspect
@@ -122,6 +129,12 @@ class CompressionMod:
     stock strategy's broadcast, but a stock strategy cannot read its replies: wrap it in
     `compeft_fl.strategies.Compressed`.
 
+    Flower's mods for differential privacy come after it: ``mods=[CompressionMod(),
+    fixedclipping_mod]``; before it they are refused. Under a wrapper for client-side clipping what
+    is sent is clipped once more, after the residual was added, so that its norm never exceeds the
+    bound that the noise is for. With LocalDpMod no residual is kept. On the server the order is
+    ``Compressed(DifferentialPrivacy...(FedAvg()))``.
+
     Adapters in bfloat16: cast to float32 before making an ArrayRecord, as Flower itself asks.
 
     Source: ComPEFT, https://arxiv.org/abs/2311.13171, Algorithm 1; error feedback: Karimireddy et
@@ -171,6 +184,7 @@ class CompressionMod:
         if not msg.has_content():
             return call_next(msg, context)
         try:
+            check_order()
             told = find_offer(msg.content)
             federation = told[0].federation if told else f"run-{context.run_id}"
             with NodeMemory.of(context, federation, self._state_dir) as memory:
@@ -210,6 +224,7 @@ class CompressionMod:
         ours = EXCHANGE_KEY, CARRIED_KEY
         others = {name: record for name, record in msg.content.items() if name not in ours}
         msg.content = RecordDict({**others, key: arrays})
+        privacy = Privacy.of(msg, call_next, self.error_feedback) if trains else Privacy()
         reply = call_next(msg, context)
         if reply.has_error():
             memory.save(memory.state.following(replica, apart))
@@ -219,7 +234,7 @@ class CompressionMod:
             _leave_arrays_out(reply)
         if trains and array_records(reply.content):
             with encoding:
-                state = self._compress_outgoing(received, reply, state, offer.version)
+                state = self._compress_outgoing(received, reply, state, offer.version, privacy)
             sent = state.trained
         if memory.save(state):
             kept, carried = replica.version, _carried_version(state)
@@ -234,6 +249,7 @@ class CompressionMod:
     ) -> Message:
         """A message of a stock strategy, or one Update that says all."""
         received = _expand_incoming(msg)
+        privacy = Privacy.of(msg, call_next, self.error_feedback) if _trains(msg) else Privacy()
         reply = call_next(msg, context)
         if not _trains(msg) or reply.has_error() or not array_records(reply.content):
             return reply
@@ -244,22 +260,25 @@ class CompressionMod:
                 "the server sent ordinary arrays, as a stock strategy does, which cannot read the "
                 "Updates that this node answers with: wrap it in compeft_fl.strategies.Compressed"
             )
-        state = self._compress_outgoing(received, reply, memory.state, received.version)
+        state = self._compress_outgoing(received, reply, memory.state, received.version, privacy)
         if not self._sends_dense and self.error_feedback:
             # Nobody says later whether it was taken: suppose that it was.
             memory.save(replace(state, residual=state.next_residual, next_residual=None))
         return reply
 
     def _compress_outgoing(
-        self, received: Received, reply: Message, state: NodeState, version: int
+        self, received: Received, reply: Message, state: NodeState, version: int, privacy: Privacy
     ) -> NodeState:
         """Replace the trained arrays by the Update that they are; the state with what is left."""
         changes = changes_in(reply, received, self.tensors)
         self._say_left(changes.left)
         tau, residual = changes.tau, None
+        bound = privacy.left_for(changes.carried_norm)
         if self._sends_dense:
-            parts = self._encode(tau, version)
-        elif self.error_feedback:
+            codec = codecs.get(self.codec)
+            assert isinstance(codec, Dense)
+            parts = self._encode(within_bound(tau, bound, codec), version)
+        elif privacy.feedback:
             fits = state.layout in {None, tau.layout}
             if not fits:
                 LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
@@ -270,12 +289,13 @@ class CompressionMod:
                 support=self.support,
                 decay=self.residual_decay,
             )
-            update = feedback.compress(tau)
+            update = feedback.compress(tau, bound)
             parts = self._encode(update, version)
             residual = feedback.residual
             _log_pressure(feedback)
         else:
             update = compress(tau, self.density, self.scale, self.support)
+            update = within(update, bound)
             parts = self._encode(update, version)
         content = {**reply.content, changes.key: update_record(parts, tau.num_parameters)}
         if changes.carried is not None:

@@ -20,6 +20,7 @@ from compeft_fl.exchange.records import (
     find_update,
     metric_records,
 )
+from compeft_fl.server.privacy import mods_hint
 from compeft_fl.wire.messages import STYPE
 
 __all__ = ["MAX_WEIGHT", "Reply", "describe", "one_line", "received", "update_of", "weight_of"]
@@ -113,7 +114,7 @@ def _check(message: Message, is_second: bool) -> None:
 def _hint(reason: str) -> str:
     """What to do about a ClientApp, or a mod, that was given an Update and wants arrays."""
     if STYPE not in reason:
-        return ""
+        return mods_hint(reason)
     return (
         "; it was given an Update and wants arrays: put CompressionMod into the client, "
         "as the first of its mods"

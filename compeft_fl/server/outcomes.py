@@ -22,6 +22,7 @@ from compeft_fl.exchange.records import LOGGER, metric_records
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.intake import Reply, describe, one_line, received
 from compeft_fl.server.observer import RoundObserver
+from compeft_fl.server.privacy import check_mods
 from compeft_fl.server.replies import Replies
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
 
@@ -165,7 +166,13 @@ class Outcomes:
         )
 
     def close(self) -> None:
-        """The strategy is done with the round's replies; what it has left out is said."""
+        """The strategy is done with the round's replies; what it has left out is said.
+
+        Raises
+        ------
+        ParameterError
+            No node could train, because its mods do not go together.
+        """
         replies, self._replies = self._replies, None
         if replies is None:
             return
@@ -174,6 +181,8 @@ class Outcomes:
                 self._crossed(reply, self._tally.kind, None)
                 self.set_aside(reply, reply.problem or _LEFT_OUT)
             del reply
+        if self._tally.kind == "train" and not self._tally.taken:
+            check_mods(reason for _, reason in self._tally.failed)
 
     def check(self, result: Result) -> None:
         """Raise where messages were sent to be trained with, and no reply was of any use.
