@@ -171,9 +171,13 @@ def test_only_what_changed_crosses_and_the_ledger_counts_it():
     run(ComPEFTAverage(observer=ledger), state=big)
     assert not ledger.failed
     size = big["index"].nbytes + big["mask"].nbytes
+    trained = sum(big[name].size for name in ("conv.weight", "head.weight", "head.bias"))
+    carried = sum(v.nbytes for v in big.values()) - 4 * trained
     for transfer in ledger.transfers:
         first = transfer.direction == "down" and transfer.round == 1 and transfer.kind == "train"
         assert (transfer.payload_bytes > size) == first, transfer
+        if transfer.parameters:
+            assert transfer.raw_bytes == 4 * trained + carried
         if transfer.direction == "up" and transfer.kind == "train":
             assert transfer.payload_bytes > big["double"].nbytes + 4 * 8 + 8
         if transfer.direction == "down":
@@ -320,6 +324,31 @@ def carrying(data: bytes) -> Callable[[int, Message], list[Message]]:
         return [reply]
 
     return fault
+
+
+def test_one_hostile_node_of_ten_hardly_moves_a_statistic(caplog):
+    """Finite values of the right shape and type, and no more to tell them by."""
+    nodes = node_ids(10)
+
+    def train(state: State, context: Context) -> State:
+        new = moved(state, context)
+        new["bn.running_mean"] = np.full(4, 1 + 0.01 * (context.node_id % 7), "f4")
+        if context.node_id == nodes[6]:
+            lies = np.array([3e38, -3e38, 3e38, -3e38], "f4")
+            new |= {"bn.running_mean": lies, "bn.running_var": np.abs(lies)}
+            new["bn.num_batches_tracked"] = np.array(2**62)
+            new["mask"] = ~new["mask"]
+        return new
+
+    app = tiny.client_app(CompressionMod(density=0.3), train=train)
+    strategy = ComPEFTAverage(fraction_evaluate=0)
+    result = strategy.start(LocalGrid(app, 10), tiny.arrays(model()), num_rounds=6)
+    found = tiny.state_of(result.arrays)
+    np.testing.assert_allclose(found["bn.running_mean"], 1, atol=0.5)
+    assert (found["bn.running_var"] < 0.5).all()
+    assert 50 < found["bn.num_batches_tracked"] < 120
+    np.testing.assert_array_equal(found["mask"], model()["mask"])
+    assert f"node {nodes[6]} moves 3 carried tensors by over 4 times the median" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["average", "compressed"])

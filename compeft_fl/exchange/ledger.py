@@ -9,10 +9,12 @@
 - ``round``, ``node`` (Flower's id), ``direction`` (down: to a node; up: from it).
 - ``kind``: train, evaluate, or resync: a node says that it cannot follow, and is sent what it
   lacks.
-- ``parameters``: of the adapter that the message is about; 0 for one that is about none.
-- ``raw_bytes``: what it takes with dense float32 arrays; 0 for a resync, which a dense exchange
-  does not have.
-- ``payload_bytes``: the Updates in it, or the arrays where there is no Update.
+- ``parameters``: of the adapter that the message is about, those that are trained; 0 for one that
+  is about none.
+- ``raw_bytes``: what it takes with dense float32 arrays, and with carried tensors as they are; 0
+  for a resync, which a dense exchange does not have.
+- ``payload_bytes``: the Updates in it and the tensors carried beside them, or the arrays where
+  there is no Update.
 - ``message_bytes``: what Flower serialises: every record of the message and its metadata. 0 for an
   error reply that Flower's server made itself, which came from no node; empty where Flower cannot
   be asked.

@@ -112,6 +112,7 @@ class Broadcaster:
                 log_lag(self._downlink, base.adapter, self._base.adapter if self._base else None)
             self.transfers.encoded(time.perf_counter() - started)
             base.version = self._downlink.version
+            self.transfers.carried_bytes = base.apart.num_bytes
             self._base = base
         return self._base
 

@@ -30,6 +30,13 @@ class Transfers:
         self._sizes = MessageSizes()
         self._outgoing: dict[int, list[Transfer]] = {}  # by node id, in order
         self._encode_seconds = 0.0
+        self.carried_bytes = 0  # of the tensors beside the task vector, in the dense comparison too
+
+    def _raw(self, kind: str, parameters: int) -> int:
+        """What a message takes with dense arrays."""
+        if kind == "resync" or not parameters:
+            return 0
+        return _BYTES_PER_PARAMETER * parameters + self.carried_bytes
 
     def encoded(self, seconds: float) -> None:
         """Note time that was spent on encoding; the next message down carries it."""
@@ -46,7 +53,7 @@ class Transfers:
         """Note a message that is about to be pushed."""
         if self._observer is None:
             return
-        raw = 0 if kind == "resync" else _BYTES_PER_PARAMETER * parameters
+        raw = self._raw(kind, parameters)
         transfer = Transfer(
             time.time(), server_round, node_id, "down", kind, parameters, raw, payload_bytes
         )
@@ -117,7 +124,7 @@ class Transfers:
                 "up",
                 kind,
                 parameters,
-                0 if kind == "resync" else _BYTES_PER_PARAMETER * parameters,
+                self._raw(kind, parameters),
                 payload_bytes,
                 size,
                 encoding if payload_bytes else None,
