@@ -55,7 +55,7 @@ def test_replies_are_pulled_one_at_a_time_as_they_are_read():
 
 def test_replies_come_in_the_order_in_which_they_are_ready():
     first, second, third = node_ids(3)
-    grid = LocalGrid(echo(), 3, delays={first: 0.15})
+    grid = LocalGrid(echo(), 3, delays={first: 1.0})
     stream = StreamingGrid(grid).send_and_receive(messages(), timeout=30)
     assert [stream.node_id(reply) for reply in stream] == [second, third, first]
 
