@@ -7,13 +7,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from hostile import error_of, seal, valid
+from local_grid import identify, set_metadata
 
 import compeft_fl as cf
 from compeft_fl import errors
 from compeft_fl.exchange import records
 from compeft_fl.exchange.downlink import Replica
+from compeft_fl.mod import CompressionMod
 from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2
 
@@ -238,3 +240,17 @@ def test_log_lines_hold_no_strangers_escapes(caplog):
         "of 'name\\\\x1b[2J\\\\nforged line'",
     ]
     assert caplog.text.replace("\n", "").isprintable()
+
+
+def test_a_node_gives_a_padded_update_back(tmp_path):
+    """26 kB that claim 2 x 10^8 parameters: an error reply, and no memory."""
+    node = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
+    blob = seal(zeros(12 * FLOOR, metadata={"k": "x" * 26_000}))
+    identify()
+    content = RecordDict({"arrays": records.update_record(blob, 12 * FLOOR)})
+    message = set_metadata(Message(content, 7, "train"), message_id="m")
+    mod = CompressionMod(state_dir=tmp_path)
+    reply, peak = peak_of(mod, message, node, lambda message, context: pytest.fail("was called"))
+    assert reply.has_error()
+    assert "ImplausibleSizeError" in reply.error.reason
+    assert peak < 2 * MIB

@@ -305,8 +305,11 @@ def restore(stored: StoredUpdate, init: Adapter | None = None) -> Adapter:
             f"expected the start {stored.start} with which the file was made, found {start.tag}"
         )
     change: Any = stored.update.to_task_vector().values
+    if stored.update.to_task_vector() is stored.update:
+        change = change.copy()  # dense values are the update's own
     with np.errstate(over="ignore"):
-        values = TaskVector(layout, start.values + change).to_dict()
+        change += start.values
+        values = TaskVector(layout, change).to_dict()
         state = {tensor.name: _cast(values[tensor.name], tensor.dtype) for tensor in layout.tensors}
     for name, tensor in state.items():
         if not bool((tensor.isfinite() if is_torch(tensor) else np.isfinite(tensor)).all()):

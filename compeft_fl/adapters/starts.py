@@ -78,7 +78,8 @@ def start_of(
                 digest.update(piece.astype("<f4", copy=False).tobytes())
         return Start(values, f"{tag}{digest.hexdigest()}")
     tag, value = tag_of(config, layout)
-    return Start(np.full(layout.num_parameters, value, np.float32), tag)
+    # One number, seen d times: it takes no memory.
+    return Start(np.broadcast_to(np.float32(value), layout.num_parameters), tag)
 
 
 def tag_of(

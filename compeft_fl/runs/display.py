@@ -20,6 +20,7 @@ from rich.table import Table
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
 from compeft_fl.app.server_app import build_strategy, run_folder
 from compeft_fl.errors import ConfigError
+from compeft_fl.printable import one_line, printable
 from compeft_fl.results import overhead, report, units
 from compeft_fl.runs import launch
 from compeft_fl.runs.scenario import SIMULATION_DEFAULTS, SIMULATION_HELP, Scenario
@@ -123,14 +124,14 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
             outcome = launcher(scenario, folder, live.on_event)
     except _Stopped as stopped:
         with suppress(OSError):  # the terminal may be gone
-            print(f"stopped; what there is lies in {folder}", file=sys.stderr)
+            print(printable(f"stopped; what there is lies in {folder}"), file=sys.stderr)
         return _BY_SIGNAL + stopped.number
     except launch.FlowerError as error:
         outcome = launch.Outcome(False, str(error))
     if not outcome.completed:
         detail = outcome.detail.removeprefix(f"{ConfigError.__name__}: ")
-        print(f"compeft-fl {command}: error: {detail}", file=sys.stderr)
-        print(f"Flower's log: {folder / launch.LOG_FILE}", file=sys.stderr)
+        print(one_line(f"compeft-fl {command}: error: {detail}"), file=sys.stderr)
+        print(printable(f"Flower's log: {folder / launch.LOG_FILE}"), file=sys.stderr)
         return FAILED if detail == outcome.detail else BAD_CONFIG
     summary = json.loads((folder / report.SUMMARY_FILE).read_text(encoding="utf-8"))
     console = Console()
@@ -138,7 +139,8 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
     if "ledger" in summary:
         console.print(overhead.table(summary))
     seconds = time.perf_counter() - started
-    console.print(f"done in {seconds:.0f} s; results: {escape(str(folder))}", soft_wrap=True)
+    where = escape(printable(folder))
+    console.print(f"done in {seconds:.0f} s; results: {where}", soft_wrap=True)
     return 0
 
 
@@ -267,6 +269,7 @@ class _Live:
         self._progress.update(self._task, description=description, completed=completed, news=news)
 
     def _say(self, line: str) -> None:
+        line = printable(line, 2000)  # a reason or a name may be a node's own text
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
 
