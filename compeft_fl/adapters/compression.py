@@ -8,6 +8,7 @@ after the other.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ class CompressedAdapter:
         Of the update, against the task vector.
     effect : float or None
         Of an update without a start whose tensors are factors: the cosine between the changes of
-        the weights, before and after. None: the same as the task vector's, or not known.
+        the weights, before and after; where one module has most of the parameters, the product of
+        its factors' cosines, which is near it. None: the same as the task vector's, or not known.
     """
 
     update: Update
@@ -92,7 +94,7 @@ def compress_adapter(
     layout = source.layout
     everything = list(range(len(layout.tensors)))
     parts = [everything] if init is not None else factors.groups(adapter.method, layout)
-    quality = Quality(0.0, 0.0, 0.0)
+    qualities = []
     words = (layout.num_parameters + 63) >> 6
     masks = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
     scales = np.zeros(len(layout.tensors), np.float32)
@@ -102,7 +104,7 @@ def compress_adapter(
             continue
         tau.check_finite()
         kept = compress(tau, density, scale, support)
-        quality += Quality.of_compressed(tau, kept)
+        qualities.append(Quality.of_compressed(tau, kept))
         scales[indices] = kept.scales[0]
         if indices == everything:
             masks = kept.positive, kept.negative
@@ -114,7 +116,15 @@ def compress_adapter(
     update = TernaryVector(layout, *masks, one)
     effect = None
     if init is None and len(parts) > 1:
-        effect = factors.effect_cosine(adapter.method, _modules(adapter, update))
+        modules = _modules(adapter.method, layout)
+        if max(sum(layout.sizes[i] for _, i in found) for found in modules) <= max(
+            _SMALL, layout.num_parameters // 16
+        ):
+            pairs = _factor_pairs(adapter, update, modules)
+            effect = factors.effect_cosine(adapter.method, pairs)
+        else:  # too large to be held twice
+            effect = math.prod(quality.cosine for quality in qualities)
+    quality = sum(qualities, Quality(0.0, 0.0, 0.0))
     return CompressedAdapter(update, source.tag, source.carried(), quality, effect)
 
 
@@ -147,6 +157,7 @@ def keep_adapter(
 
 
 _PIECE = 1 << 20
+_SMALL = 1 << 16  # parameters of a module whose change is computed, whatever the adapter's size
 
 
 class _Source:
@@ -215,20 +226,25 @@ def _bits(mask: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.uint8]:
     return bits[start & 7 : (start & 7) + stop - start]
 
 
-def _modules(
-    adapter: Adapter, update: TernaryVector
-) -> Iterator[tuple[factors.Factors, factors.Factors]]:
-    """Per module, its factors as they are and as the update has them."""
+def _modules(method: str, layout: Layout) -> list[list[tuple[str, int]]]:
+    """Per module, its tensors: names without the module's, and indices into the layout's."""
     places: dict[str, list[tuple[str, int]]] = {}
-    for index, tensor in enumerate(update.layout.tensors):
+    for index, tensor in enumerate(layout.tensors):
         parts = tensor.name.split(".")
-        factor = factors.factor_of(adapter.method, tensor.name)
+        factor = factors.factor_of(method, tensor.name)
         at = parts.index(factor) if factor in parts else len(parts)
         places.setdefault(".".join(parts[:at]), []).append((".".join(parts[at:]), index))
+    return list(places.values())
+
+
+def _factor_pairs(
+    adapter: Adapter, update: TernaryVector, modules: list[list[tuple[str, int]]]
+) -> Iterator[tuple[factors.Factors, factors.Factors]]:
+    """Per module, its factors as they are and as the update has them."""
     positive, negative = (mask.view(np.uint8) for mask in (update.positive, update.negative))
     offsets = update.layout.offsets.tolist()
     scales = np.broadcast_to(update.scales, len(update.layout.tensors))
-    for found in places.values():
+    for found in modules:
         before, after = {}, {}
         for key, index in found:
             tensor = update.layout.tensors[index]

@@ -267,8 +267,8 @@ def peft_state(model: Any, adapter_name: str = "default") -> dict[str, Any]:
     Raises
     ------
     AdapterError
-        A prompt that a network makes while it is trained (p-tuning, prefixes with a projection):
-        PEFT's state is what the network makes, and cannot be put back into it.
+        A prompt that is made of other parameters while these are trained (p-tuning, CPT, prefixes
+        with a projection): PEFT's state is what is made, and cannot be put back.
 
     Examples
     --------
@@ -314,10 +314,10 @@ def _check_direct(model: Any, adapter_name: str) -> None:
     """Raise AdapterError where an adapter's state is not what is trained."""
     config = model.peft_config[adapter_name]
     method = str(getattr(config.peft_type, "value", config.peft_type))
-    made = method == "P_TUNING" or getattr(config, "prefix_projection", False)
+    made = method in ("P_TUNING", "CPT") or getattr(config, "prefix_projection", False)
     if made and not config.inference_mode:
         raise AdapterError(
             f"expected a state that is trained, found {method}, whose state in PEFT is the prompt "
-            "that a network makes and cannot be put back into the network: train PROMPT_TUNING, or "
+            "that is made of what is trained, and cannot be put back: train PROMPT_TUNING, or "
             "PREFIX_TUNING without prefix_projection"
         )
