@@ -34,6 +34,7 @@
         ├── PaddingError            set bits after the end of a stream
         ├── NonzeroCountError       another number of nonzeros than the body says, or than can be
         ├── CodeEndError            an arithmetic code that does not end as a writer ends it
+        ├── StepRangeError          steps beyond what float32 holds
         ├── MaskOverlapError        a parameter that is both positive and negative
         └── NonFiniteBodyError      NaN or Inf in a dense body
 
@@ -76,6 +77,7 @@ __all__ = [
     "ScaleCountError",
     "ScaleError",
     "StateError",
+    "StepRangeError",
     "StreamLengthError",
     "UnknownLayoutError",
     "UpdateSizeError",
@@ -225,11 +227,15 @@ class PaddingError(WireError):
 
 
 class NonzeroCountError(WireError):
-    """More nonzeros than parameters, or fewer in the code of a context body than it says."""
+    """More nonzeros than parameters, or fewer in the code of a context or steps body than it says."""
 
 
 class CodeEndError(WireError):
-    """The code of a context body does not end as its writer would have ended it."""
+    """The code of a context or steps body does not end as its writer would have ended it."""
+
+
+class StepRangeError(WireError):
+    """An exponent or an integer of a steps body beyond its range."""
 
 
 class MaskOverlapError(WireError):

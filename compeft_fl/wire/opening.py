@@ -279,5 +279,5 @@ def _checked_message(blob: bytes) -> Any:
     if message.crc32:
         raise MalformedError("expected one checksum, at the end; found field 15 also before it")
     if message.WhichOneof("body") is None:
-        raise MissingBodyError("expected a body (field 8, 9, 10 or 11), found none that is known")
+        raise MissingBodyError("expected a body (field 8 to 12), found none that is known")
     return message

@@ -18,7 +18,7 @@ DTYPE_F16: DType
 DTYPE_BF16: DType
 
 class Update(_message.Message):
-    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "context", "crc32")
+    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "context", "steps", "crc32")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Update(_message.Message):
     BITMASK_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
     layout_id: bytes
@@ -47,8 +48,9 @@ class Update(_message.Message):
     bitmask: BitmaskTernary
     dense: Dense
     context: ContextTernary
+    steps: Steps
     crc32: int
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., context: _Optional[_Union[ContextTernary, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., context: _Optional[_Union[ContextTernary, _Mapping]] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("tensors",)
@@ -113,3 +115,13 @@ class ContextTernary(_message.Message):
     flat: bool
     code: bytes
     def __init__(self, scales: _Optional[_Iterable[float]] = ..., num_nonzeros: _Optional[int] = ..., flat: bool = ..., code: _Optional[bytes] = ...) -> None: ...
+
+class Steps(_message.Message):
+    __slots__ = ("exponent", "num_nonzeros", "code")
+    EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_NONZEROS_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    exponent: int
+    num_nonzeros: int
+    code: bytes
+    def __init__(self, exponent: _Optional[int] = ..., num_nonzeros: _Optional[int] = ..., code: _Optional[bytes] = ...) -> None: ...
