@@ -227,7 +227,7 @@ class PaddingError(WireError):
 
 
 class NonzeroCountError(WireError):
-    """More nonzeros than parameters, or fewer in the code of a context or steps body than it says."""
+    """More nonzeros than parameters, or fewer in an arithmetic code than the body says."""
 
 
 class CodeEndError(WireError):

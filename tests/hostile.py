@@ -29,6 +29,9 @@ def bodies():
         "golomb": golomb.FromString(reference_encoder.golomb_with(SIGNS, [0.5], 256)),
         "bitmask": bitmask.FromString(reference_encoder.bitmask(SIGNS, [0.5])[1]),
         "dense": dense.FromString(reference_encoder.dense([0.5 * s for s in SIGNS], "f32")[1]),
+        "steps": update_pb2.Steps.FromString(
+            reference_encoder.steps([0.5 * s for s in SIGNS], TENSORS)[1]
+        ),
         "context": context.FromString(reference_encoder.context(SIGNS, [0.5], TENSORS)[1]),
     }
 

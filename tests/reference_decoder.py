@@ -15,6 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import reference_context
+import reference_steps
 from reference_protobuf import (
     BYTES,
     FIXED32,
@@ -262,6 +263,35 @@ def read_context(data: bytes, update: Update) -> None:
         raise FaultError("CodeEndError", f"the code ends {value} above the range's low end")
 
 
+def read_steps(data: bytes, update: Update) -> None:
+    """Steps body."""
+    fields = read_fields(data)
+    zigzag, count, code = number_of(fields, 1), number_of(fields, 2), bytes_of(fields, 3)
+    zigzag &= 0xFFFFFFFF
+    exponent = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
+    d = update.num_parameters
+    if not -149 <= exponent <= 104:
+        raise FaultError("StepRangeError", f"the exponent is {exponent}")
+    if count > d:
+        raise FaultError("NonzeroCountError", f"{count} nonzeros of {d} parameters")
+    if code and code[-1] == 0:
+        raise FaultError("CodeEndError", "the last byte of the code is 0")
+    shapes = [shape for _, shape, _ in update.tensors]
+    found, most, value = reference_steps.read(code, shapes, update.offset, d, count)
+    if len(code) > most:
+        raise FaultError("StreamLengthError", f"a code of {len(code)} bytes, not {most} at most")
+    if len(found) < count:
+        raise FaultError("NonzeroCountError", f"{len(found)} nonzeros, not {count}")
+    if value >= 1 << 24:
+        raise FaultError("CodeEndError", f"the code ends {value} above the range's low end")
+    if max(map(abs, found.values()), default=0) >= 1 << 24:
+        raise FaultError("StepRangeError", "an integer of 2^24 or more")
+    values = [0.0] * d
+    for index, q in found.items():
+        values[index - update.offset] = q * 2.0**exponent
+    update.values = values
+
+
 # --- Dense body -------------------------------------------------------------------------------
 
 
@@ -290,6 +320,7 @@ BODIES = {
     9: ("bitmask", read_bitmask),
     10: ("dense", read_dense),
     11: ("context", read_context),
+    12: ("steps", read_steps),
 }
 
 

@@ -14,6 +14,7 @@ import zlib
 from typing import Any
 
 import reference_context
+import reference_steps
 
 Tensors = list[tuple[str, tuple[int, ...], str]]  # name, shape, "f32" | "f16" | "bf16"
 
@@ -205,6 +206,18 @@ def context(
     )
 
 
+def steps(values: list[float], tensors: Tensors, offset: int = 0) -> tuple[int, bytes]:
+    """The Steps of values on a grid, by the largest power of two that divides them all."""
+    units = [int(value * 2.0**149) for value in values]  # exact: float64 holds it
+    zeros = [(unit & -unit).bit_length() - 1 for unit in units if unit]
+    exponent = min(zeros) - 149 if zeros else 0
+    integers = [unit >> (exponent + 149) for unit in units]
+    code = reference_steps.write(integers, [shape for _, shape, _ in tensors], offset)
+    zigzag = 2 * exponent if exponent >= 0 else -2 * exponent - 1
+    count = sum(q != 0 for q in integers)
+    return 12, number_field(1, zigzag) + number_field(2, count) + bytes_field(3, code)
+
+
 BODIES = {
     "golomb": golomb,
     "bitmask": bitmask,
@@ -217,7 +230,9 @@ BODIES = {
 def body_of(
     codec: str, content: list[Any], scales: Any, tensors: Tensors, offset: int = 0
 ) -> tuple[int, bytes]:
-    """A codec's body, as its field number and its bytes; only "context" asks for the layout."""
+    """A codec's body, as its field number and its bytes; two codecs ask for the layout."""
     if codec == "context":
         return context(content, scales, tensors, offset)
+    if codec == "steps":
+        return steps(content, tensors, offset)
     return BODIES[codec](content, scales)

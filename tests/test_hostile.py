@@ -359,7 +359,7 @@ def test_no_body():
 def test_a_body_of_a_later_version():
     message = valid()
     message.ClearField("golomb")
-    later = message.SerializeToString() + bytes_field(12, b"coded otherwise")
+    later = message.SerializeToString() + bytes_field(14, b"coded otherwise")
     rejected(seal(later), errors.MissingBodyError, "body", in_header=True)
 
 
@@ -369,12 +369,12 @@ def part_of(start, stop, body="bitmask", scales=(0.5,), tensors=None, version=0)
     message.num_parameters, message.offset, message.base_version = stop - start, start, version
     if tensors is not None:
         message.layout.ParseFromString(reference_encoder.layout_bytes(tensors))
-    content = [0.5 * sign for sign in SIGNS] if body.startswith("dense") else SIGNS
+    content = SIGNS if codecs.get(body).ternary else [0.5 * sign for sign in SIGNS]
     field, data = reference_encoder.body_of(
         body, content[start:stop], list(scales), tensors or TENSORS, start
     )
     message.ClearField("golomb")
-    return seal(message.SerializeToString() + bytes_field(field, data))
+    return seal(message.SerializeToString() + bytes_field(field, data, always=True))
 
 
 @pytest.mark.parametrize("codec", codecs.names())

@@ -42,10 +42,13 @@ class Codec(ABC):
     field : str
         The field of the protobuf ``Update`` that holds the body. Several codecs may write one field
         (dense in three data types); the first that is registered reads it.
+    ternary : bool
+        The body holds masks and scales; otherwise a float32 value for each parameter.
     """
 
     name: ClassVar[str]
     field: ClassVar[str]
+    ternary: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, update: Update, start: int, stop: int) -> Any:

@@ -15,7 +15,7 @@ from compeft_fl.task_vector import Layout, is_torch
 class Dense(Codec):
     """float32: lossless."""
 
-    name, field = "dense", "dense"
+    name, field, ternary = "dense", "dense", False
     dtype: ClassVar[str] = "DTYPE_F32"
 
     def encode(self, update: Update, start: int, stop: int) -> Any:

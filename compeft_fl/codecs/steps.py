@@ -29,7 +29,7 @@ LOWEST, HIGHEST = -149, 104  # exponents with which float32 holds every integer 
 class Steps(Codec):
     """Below the entropy of independent integers, at tens of millions of parameters a second."""
 
-    name, field = "steps", "steps"
+    name, field, ternary = "steps", "steps", False
 
     def encode(self, update: Update, start: int, stop: int) -> Any:
         """See `Codec.encode`.

@@ -130,7 +130,7 @@ def _code(
             for j in range(short):
                 if left == 0:
                     break
-                up, back = min(above[j], 3), min(beside, 3)
+                up, back = min(above[j], np.int64(3)), min(beside, np.int64(3))
                 share = np.int64(0)  # quarters of the line so far that are not 0
                 if j > 0:
                     share = np.int64(4 * n >= j) + np.int64(2 * n >= j) + np.int64(4 * n >= 3 * j)

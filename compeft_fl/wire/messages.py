@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,7 @@ def encode_parts(
     base_version: int = 0,
     metadata: Mapping[str, str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    cuts: Sequence[int] = (),
 ) -> list[bytes]:
     """Serialise an update as several messages where its size asks for it.
 
@@ -145,6 +146,8 @@ def encode_parts(
     ----------
     max_body_bytes : int
         The largest body of one part. The others as `encode`; the metadata goes with the first part.
+    cuts : sequence of int
+        Parameters at which it is cut in any case, ascending.
     """
     return list(
         iter_parts(
@@ -155,6 +158,7 @@ def encode_parts(
             base_version=base_version,
             metadata=metadata,
             max_body_bytes=max_body_bytes,
+            cuts=cuts,
         )
     )
 
@@ -168,6 +172,7 @@ def iter_parts(
     base_version: int = 0,
     metadata: Mapping[str, str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    cuts: Sequence[int] = (),
 ) -> Iterator[bytes]:
     """`encode_parts`, one part in memory at a time."""
     codec = auto.choose(update, codec, link_mbps)
@@ -179,7 +184,7 @@ def iter_parts(
     borders = update.layout.offsets.tolist()
     spans, start = [], 0
     while True:
-        stop = d
+        stop = next((cut for cut in cuts if cut > start), d)
         while writer.max_body_bytes(stop - start) > max_body_bytes:
             stop = _cut_near_half(borders, start, stop)
         spans.append((start, stop))

@@ -74,8 +74,8 @@ class Opened:
 
     @property
     def dense(self) -> bool:
-        """Are these dense values?"""
-        return self.codec.startswith("dense")
+        """Is this a value for each parameter, and no masks?"""
+        return not codecs.get(self.codec).ternary
 
     def decode(self, device: Any = None) -> Update:
         """The update; every field of the bodies is checked. A second call finds nothing.
@@ -176,7 +176,7 @@ def open_update(
     if layout is None:
         _check_plausible(messages, bodies, max_parameters)
     _check_coverage(messages, found)
-    kinds = {message.WhichOneof("body") == "dense" for message in messages}
+    kinds = {codecs.reader_of(message.WhichOneof("body")).ternary for message in messages}
     if len(kinds) > 1:
         raise CoverageError("expected parts of one kind, found ternary and dense ones")
     return Opened(

@@ -110,6 +110,17 @@ CASES: list[dict[str, Any]] = [
      "scales": [0.0]},
     {"name": "parts-context", "codec": ["context", "context", "golomb"], "tensors": LORA,
      "scales": [2.0], "parts": [[0, 500], [500, 1152], [1152, 1536]]},
+    {"name": "steps", "codec": "steps", "tensors": RANKS, "exponent": -12},
+    {"name": "steps-by-id", "codec": "steps", "tensors": LORA, "exponent": 3,
+     "layout_by_id": True, "base_version": 300},
+    {"name": "steps-wide", "codec": "steps", "tensors": WIDE, "exponent": -149},
+    {"name": "steps-large", "codec": "steps", "tensors": RANKS, "exponent": 104, "bits": 24},
+    {"name": "steps-zero", "codec": "steps", "tensors": [["w", [5_000], "f32", 0.0]],
+     "exponent": 0},
+    {"name": "steps-no-parameters", "codec": "steps", "tensors": [["w", [0], "f32", 0.0]],
+     "exponent": 0},
+    {"name": "parts-steps", "codec": ["steps", "steps", "dense"], "tensors": LORA,
+     "exponent": -3, "parts": [[0, 500], [500, 1152], [1152, 1536]]},
 ]  # fmt: skip
 
 
@@ -131,7 +142,8 @@ def make_input(case: dict[str, Any]) -> list[int] | list[float]:
 
     Only ``random.Random.random`` is used, whose numbers are the same in all versions of Python.
     With "rank_one", sign and density are products of what a row and what a column has, and one sign
-    in eight is turned.
+    in eight is turned. With "exponent", values are steps of 2^exponent, each further one half as
+    likely, or of up to so many "bits".
     """
     rng = random.Random(case["seed"])
     if case.get("rank_one"):
@@ -150,6 +162,18 @@ def make_input(case: dict[str, Any]) -> list[int] | list[float]:
                 kept, negative = rng.random() < density, rng.random() < 0.5
                 signs.append((-1 if negative else 1) if kept else 0)
         return signs
+    if "exponent" in case:
+        steps = []
+        for _, shape, _, density in case["tensors"]:
+            for _ in range(size_of(shape)):
+                kept, negative, magnitude = rng.random() < density, rng.random() < 0.5, 1
+                if "bits" in case:
+                    magnitude += int(rng.random() * (2 ** case["bits"] - 1))
+                while "bits" not in case and rng.random() < 0.5:
+                    magnitude += 1
+                q = (-magnitude if negative else magnitude) if kept else 0
+                steps.append(q * 2.0 ** case["exponent"])
+        return steps
     d = sum(size_of(shape) for _, shape, _, _ in case["tensors"])
     values = [to_float32((rng.random() - 0.5) * 2.0 ** -(i % 30)) for i in range(d)]
     values[:5] = [-0.0, 1.00390625, 1.01171875, 65504.0, -1.0]  # ties of bfloat16, float16's last
@@ -171,7 +195,7 @@ def digest_of(content: list[int] | list[float], scales: list[float] | None) -> s
 
 def as_decoded(codec: str, values: list[float]) -> list[float]:
     """Values after the rounding of a dense codec."""
-    if codec == "dense":
+    if codec in ("dense", "steps"):
         return values
     if codec == "dense-fp16":
         return [struct.unpack("<e", struct.pack("<e", value))[0] for value in values]
