@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import compeft_fl as cf
 from compeft_fl.errors import (
@@ -11,10 +13,13 @@ from compeft_fl.errors import (
     LayoutMismatchError,
     NonFiniteError,
     ParameterError,
+    ResyncError,
     VersionError,
     WireError,
 )
-from compeft_fl.exchange.downlink import DIGEST_BYTES, Downlink, Replica, digest_of
+from compeft_fl.exchange.downlink import DIGEST_BYTES, Downlink, Replica, Shipment, digest_of
+from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.protocol import UNKNOWN, Offer, follow
 
 LAYOUT = cf.Layout([cf.TensorSpec("a", (40, 50)), cf.TensorSpec("b", (777,))])
 
@@ -40,12 +45,14 @@ def replica_of(downlink):
     return Replica.from_snapshot(downlink.snapshot().blobs)
 
 
-def test_a_snapshot_is_lossless():
+def test_a_snapshot_is_the_start_on_the_grid():
     downlink = Downlink(adapter())
     replica = replica_of(downlink)
     assert (replica.version, replica.layout) == (0, LAYOUT)
-    assert np.array_equal(replica.values, adapter().values)
-    assert replica.digest == downlink.digest == digest_of(adapter().values)
+    on_grid = downlink.grid.nearest(adapter().values)
+    assert np.array_equal(replica.values, on_grid)
+    assert np.abs(on_grid - adapter().values).max() < 1e-6 * np.abs(on_grid).max()
+    assert replica.digest == downlink.digest == digest_of(on_grid)
     assert len(downlink.digest) == DIGEST_BYTES == 16
 
 
@@ -77,23 +84,111 @@ def test_a_node_gets_what_it_lacks_and_no_more():
     list(walk(downlink, adapter(), 5))
     assert downlink.lacking(5).kind == "nothing"
     assert downlink.lacking(5).num_bytes == 0
-    shipment = downlink.lacking(2)
-    assert (shipment.kind, len(shipment.blobs)) == ("deltas", 3)
+    log = downlink.state()["log"]
+    assert downlink.lacking(4) == Shipment("deltas", (log[5],))
     shipment = downlink.lacking(0)
-    assert late.advance(shipment.blobs, 5).digest == downlink.digest
+    assert (shipment.kind, len(shipment.blobs)) == ("catchup", 1)
+    assert shipment.num_bytes < sum(map(len, log.values()))
+    assert late.catch_up(shipment.blobs, 5).digest == downlink.digest
+    assert late.advance([log[each] for each in range(1, 6)], 5).digest == downlink.digest
     for version in (None, -1, 6):  # knows nothing, or what this server never made
         assert downlink.lacking(version).kind == "snapshot"
 
 
-def test_a_snapshot_is_sent_where_it_is_smaller_and_the_log_stays_short():
+def test_the_log_stays_short_and_the_start_is_never_forgotten():
     downlink = Downlink(adapter(), density=0.2)
+    early = replica_of(downlink)
     list(walk(downlink, adapter(), 60))
     snapshot = downlink.snapshot().num_bytes
-    assert downlink.lacking(0).kind == "snapshot"
-    assert downlink.lacking(59).kind == "deltas"
-    oldest = next(v for v in range(61) if downlink.lacking(v).kind == "deltas")
-    assert downlink.lacking(oldest).num_bytes < snapshot
-    assert sum(len(blob) for blob in downlink.state()["log"].values()) < snapshot
+    log = downlink.state()["log"]
+    assert sum(map(len, log.values())) < snapshot
+    oldest = min(log) - 1
+    assert oldest > 1
+    assert downlink.lacking(1).kind == "snapshot"
+    for version, kind in ((0, "catchup"), (oldest, "catchup"), (59, "deltas")):
+        assert downlink.lacking(version).kind == kind
+        assert downlink.lacking(version).num_bytes < snapshot
+    assert early.catch_up(downlink.lacking(0).blobs, 60).digest == downlink.digest
+
+
+def test_values_that_outgrow_the_grid_begin_anew():
+    downlink = Downlink(adapter(), density=0.2)
+    list(walk(downlink, adapter(), 3))
+    far = plus(adapter(), adapter(5, 100.0))
+    downlink.advance(far)
+    assert downlink.version == 4
+    np.testing.assert_allclose(downlink.shared, far.values, atol=1e-6 * np.abs(far.values).max())
+    assert {downlink.lacking(version).kind for version in (None, 0, 2, 3)} == {"snapshot"}
+    replica = replica_of(downlink)
+    list(walk(downlink, far, 4, size=1.0))
+    assert downlink.lacking(4).kind == "catchup"
+    assert replica.catch_up(downlink.lacking(4).blobs, 8).digest == downlink.digest
+
+
+@pytest.mark.parametrize("versions", [0, 1, 6])
+def test_a_coarse_start_takes_8_bits_or_fewer(versions):
+    names = {"a": adapter().values[:2000].reshape(40, 50), "b": np.zeros((50, 40), "f4")}
+    start = cf.TaskVector.from_dict({**names, "c": np.linspace(-1e-3, 1e-3, 777, dtype="f4")})
+    downlink = Downlink(start, density=0.05, coarse_start=True)
+    tensors = {tensor.name: where for tensor, where in start.layout.slices()}
+    for where in tensors.values():
+        error = np.abs(downlink.shared[where] - start.values[where])
+        assert error.max() <= np.abs(start.values[where]).max() / 64
+    assert 8 * downlink.snapshot().num_bytes < 8 * start.num_parameters
+    theta = start
+    for i in range(versions):
+        noise = np.random.default_rng(i).normal(size=theta.num_parameters) * 0.01
+        theta = cf.TaskVector(theta.layout, (theta.values + noise).astype("f4"))
+        downlink.advance(theta)
+    shipment = downlink.lacking(None)
+    assert shipment.kind == "start"
+    replica = Replica.from_start(shipment.blobs, downlink.version)
+    assert (replica.version, replica.digest) == (versions, downlink.digest)
+
+
+def test_what_a_coarse_start_left_out_comes_later():
+    downlink = Downlink(adapter(), density=0.2, coarse_start=True)
+    before = np.linalg.norm(adapter().values - downlink.shared)
+    for _ in range(30):
+        downlink.advance(adapter())
+    assert np.linalg.norm(adapter().values - downlink.shared) < 0.05 * before
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_whatever_the_way_to_a_version_it_is_the_same_to_the_bit(data):
+    """Nodes that are seldom asked, lose their state, make the start or cannot; a resumed server."""
+    coarse = data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    start = cf.TaskVector.from_dict(
+        {"a": rng.normal(size=(8, 30)).astype("f4"), "b": np.zeros((30, 4), "f4")}
+    )
+    density = data.draw(st.sampled_from([0.02, 0.2, 1.0]))
+    downlink = Downlink(start, density=density, coarse_start=coarse)
+    initial = None if coarse else lambda: start
+    states, theta = [NodeState() for _ in range(4)], start.values
+    for _ in range(data.draw(st.integers(1, 25))):
+        size = data.draw(st.sampled_from([1e-5, 0.01, 0.3, 30.0]))
+        theta = (theta + rng.normal(size=theta.size) * size).astype("f4")
+        downlink.advance(cf.TaskVector(start.layout, theta))
+        if data.draw(st.integers(0, 9)) == 0:
+            resumed = Downlink(start, density=density, coarse_start=coarse)
+            resumed.restore(downlink.state())
+            downlink = resumed
+        for i, state in enumerate(states):
+            fate = data.draw(st.sampled_from(["absent", "absent", "asked", "lost"]))
+            if fate == "absent":
+                continue
+            if fate == "lost":
+                state = NodeState()
+            version = state.replica.version if state.replica else (None if coarse else 0)
+            offer = Offer("f", downlink.version, downlink.digest, UNKNOWN)
+            try:
+                replica = follow(state, offer, downlink.lacking(version), initial)
+            except ResyncError:  # it was given what builds on a start that is not the last
+                replica = follow(state, offer, downlink.snapshot(), initial)
+            assert replica.values.tobytes() == downlink.shared.tobytes()
+            states[i] = NodeState(start.layout, replica)
 
 
 def test_nothing_new_makes_no_version():
@@ -125,17 +220,20 @@ def test_deltas_must_fit_the_version():
     downlink = Downlink(adapter(), density=0.05)
     replica = replica_of(downlink)
     list(walk(downlink, adapter(), 3))
+    log = downlink.state()["log"]
     with pytest.raises(VersionError, match="3 deltas from version 0 to 3, found 2"):
-        replica.advance(downlink.lacking(1).blobs, 3)
+        replica.advance([log[2], log[3]], 3)
     with pytest.raises(VersionError, match="version 0, found 1"):
-        replica.advance(downlink.lacking(1).blobs, 2)
+        replica.advance([log[2], log[3]], 2)
+    with pytest.raises(VersionError, match="version 0, found 1"):
+        replica.catch_up(downlink.lacking(1).blobs, 3)
 
 
 def test_broken_bytes_leave_a_replica_as_it_was():
     downlink = Downlink(adapter(), density=0.05)
     replica = replica_of(downlink)
     list(walk(downlink, adapter(), 2))
-    blobs = list(downlink.lacking(0).blobs)
+    blobs = list(downlink.state()["log"].values())
     blobs[1] = blobs[1][:-20] + bytes(20)
     before = replica.values.copy()
     with pytest.raises(ChecksumError):
@@ -145,8 +243,16 @@ def test_broken_bytes_leave_a_replica_as_it_was():
     dense = cf.encode(adapter(), "dense")
     with pytest.raises(WireError, match="dense"):
         replica.advance([dense], 1)
-    with pytest.raises(WireError, match="ternary"):
-        Replica.from_snapshot([cf.encode(cf.compress(adapter()))])
+    ternary = cf.encode(cf.compress(adapter()))
+    for read in (
+        lambda: Replica.from_snapshot([ternary]),
+        lambda: replica.catch_up([ternary], 2),
+        lambda: replica.catch_up([dense], 2),
+        lambda: Replica.from_start([ternary], 2),
+        lambda: Replica.from_start([dense], 2),
+    ):
+        with pytest.raises(WireError, match="found"):
+            read()
 
 
 def test_state_goes_on_where_it_was():

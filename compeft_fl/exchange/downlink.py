@@ -3,8 +3,9 @@
 The server holds theta, the true global adapter, and theta_shared, which every node at the same
 version can reconstruct bit for bit. A new version sends C(theta - theta_shared) and adds to
 theta_shared what was sent; what was not sent stays in the difference, which is error feedback in
-the other direction. A node gets the deltas since its version, or a snapshot where that is fewer
-bytes, and nothing where it is up to date.
+the other direction. All steps lie on a grid (`compeft_fl.exchange.grid`), so whatever a node has
+missed adds up to one vector of small integers: it gets the delta since its version, or that sum, or
+a snapshot where that is fewer bytes, and nothing where it is up to date.
 
 Source: Sattler et al., "STC", https://arxiv.org/abs/1903.02891, section V-B (partial sums of
 updates); Tang et al., "DoubleSqueeze", https://arxiv.org/abs/1905.05957.
@@ -23,10 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.compeft import check_density, check_scale, check_support, compress
-from compeft_fl.errors import LayoutMismatchError, ParameterError, VersionError, WireError
+from compeft_fl.errors import (
+    LayoutMismatchError,
+    ParameterError,
+    StateError,
+    VersionError,
+    WireError,
+)
+from compeft_fl.exchange.grid import Grid, step_near
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
+from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts, inspect
 from compeft_fl.wire.opening import open_update
 
 __all__ = ["DIGEST_BYTES", "Downlink", "Replica", "Shipment", "digest_of", "distance"]
@@ -47,9 +55,10 @@ class Shipment:
 
     Attributes
     ----------
-    kind : "nothing", "deltas" or "snapshot"
+    kind : "nothing", "deltas", "catchup", "start" or "snapshot"
     blobs : tuple of bytes
-        Updates: one per version, or the parts of one dense adapter.
+        Updates: one per version; the parts of one catch-up from the version that they name; the
+        parts of the start, and then those of a catch-up from it; the parts of one dense adapter.
     """
 
     kind: str
@@ -62,17 +71,20 @@ class Shipment:
 
 
 class Downlink:
-    """The server's end: theta_shared, its version, and the deltas that led there.
+    """The server's end: theta_shared on its grid, its version, and the deltas that led there.
 
     Parameters
     ----------
     adapter : TaskVector
-        The adapter that the federation starts from: version 0, on the CPU.
+        The adapter that the federation starts from, on the CPU. Version 0 is what of it lies on the
+        grid; the rest stays in theta - theta_shared.
     density, scale, codec, support
-        Of the deltas, see `compeft_fl.compress` and `compeft_fl.encode`. A dense codec sends the
-        whole adapter in each version.
+        Of the deltas, see `compeft_fl.compress` and `compeft_fl.encode`; the scale is rounded to a
+        power of two. A dense codec sends the whole adapter in each version.
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
+    coarse_start : bool
+        Version 0 is the start in 8 bits or fewer a parameter, for nodes that cannot make it.
 
     Raises
     ------
@@ -85,9 +97,9 @@ class Downlink:
     --------
     >>> start = TaskVector.from_dict({"w": np.zeros(8, "f4")})
     >>> downlink = Downlink(start, density=0.25)
-    >>> downlink.advance(TaskVector.from_dict({"w": np.arange(8, dtype="f4")}))
+    >>> downlink.advance(TaskVector.from_dict({"w": np.arange(8, dtype="f4") / 4}))
     >>> downlink.version, downlink.shared
-    (1, array([0. , 0. , 0. , 0. , 0. , 0. , 6.5, 6.5], dtype=float32))
+    (1, array([0., 0., 0., 0., 0., 0., 2., 2.], dtype=float32))
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class Downlink:
         codec: str = "golomb",
         link_mbps: float | None = None,
         support: str = "best",
+        coarse_start: bool = False,
     ) -> None:
         from compeft_fl import codecs
         from compeft_fl.codecs import auto
@@ -114,10 +127,15 @@ class Downlink:
         self._dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.layout = adapter.layout
         self.version = 0
-        self.shared: NDArray[np.float32] = _host(adapter).copy()
+        self._coarse = coarse_start
+        self.shared: NDArray[np.float32]  # theta_shared
+        self._begin(_host(adapter), 0)
         self._log: OrderedDict[int, bytes] = OrderedDict()  # version -> the delta that made it
+        # Of this version, made when they are asked for:
         self._digest: bytes | None = None
         self._snapshot: Shipment | None = None
+        self._made: dict[int, Shipment] = {}  # by the version that a node has
+        self._sum: tuple[int, NDArray[np.float32]] | None = None  # of the deltas after a version
 
     @property
     def digest(self) -> bytes:
@@ -128,6 +146,9 @@ class Downlink:
 
     def advance(self, adapter: TaskVector) -> None:
         """Make the version that brings theta_shared towards ``adapter``; none where it is there.
+
+        A parameter that would be further off than it is stays. Where values have outgrown the grid,
+        the version is another start, which every node is sent.
 
         Raises
         ------
@@ -140,15 +161,17 @@ class Downlink:
         if np.array_equal(target, self.shared):
             return
         TaskVector(self.layout, target).check_finite()
-        if self._dense:
+        if float(np.abs(target).max(initial=0.0)) >= self.grid.limit / 2:
+            self._begin(target, self.version + 1)
+            self._log.clear()
+        elif self._dense:
             blobs = encode_parts(TaskVector(self.layout, target), self.codec)
             shared: Any = decode_parts(blobs).to_task_vector().values
             self.shared = shared
             self._log.clear()
         else:
-            difference = TaskVector(self.layout, _difference(target, self.shared))
-            delta = compress(difference, self.density, self.scale, self.support)
-            if not delta.num_nonzeros or not delta.scales[0]:
+            delta = self._delta(_difference(target, self.shared))
+            if not delta.num_nonzeros:
                 return
             blob = encode(
                 delta,
@@ -160,36 +183,113 @@ class Downlink:
             self.shared = self.shared.copy()  # the old one may be in use
             _add(self.shared, delta)
             self._log[self.version + 1] = blob
-            if not np.isfinite(self.shared).all():  # a step that float32 cannot make: all of it
-                self.shared = target.copy()
-                self._log.clear()
         self.version += 1
-        self._digest, self._snapshot = None, None
+        self._forget_what_was_made()
         self._forget_what_a_snapshot_beats()
 
+    def _begin(self, adapter: NDArray[np.float32], version: int) -> None:
+        """Lay a grid around an adapter: at the start, and anew where values have outgrown it."""
+        self.grid = Grid.of(adapter)
+        self._cuts: list[int] = []  # of a coarse start
+        self.shared = self.grid.nearest(adapter)
+        if self._coarse:
+            self.shared, self._cuts = self.grid.coarse(adapter, self.layout)
+        self._start, self._started = self.shared, version
+
+    def _delta(self, difference: NDArray[np.float32]) -> TernaryVector:
+        """The ternary vector on the grid that theta_shared moves by."""
+        delta = compress(
+            TaskVector(self.layout, difference), self.density, self.scale, self.support
+        )
+        scale = float(delta.scales[0]) if delta.scales.size else 0.0
+        if not delta.num_nonzeros or not scale:
+            return delta
+        # The target is within half of the limit, so that no such step can leave it.
+        step = np.float32(min(step_near(scale, self.grid.unit), self.grid.limit / 4))
+        bits = np.packbits(np.abs(difference) > step / 2, bitorder="little")
+        words = np.zeros(delta.positive.size * 8, np.uint8)
+        words[: bits.size] = bits
+        mask = words.view(np.uint64)
+        scales = np.array([step], np.float32)
+        return TernaryVector(self.layout, delta.positive & mask, delta.negative & mask, scales)
+
     def lacking(self, version: int | None) -> Shipment:
-        """What a node at ``version`` needs; None: a node that has nothing of this federation."""
+        """What a node at ``version`` needs; None: a node that has nothing of this federation.
+
+        Version 0 is every node's that can make the start, at any time.
+        """
         if version == self.version:
             return Shipment("nothing")
-        if version is not None and 0 <= version < self.version:
-            wanted = range(version + 1, self.version + 1)
-            if all(each in self._log for each in wanted):
-                deltas = Shipment("deltas", tuple(self._log[each] for each in wanted))
-                if deltas.num_bytes < self._snapshot_bytes():
-                    return deltas
-        return self.snapshot()
+        if version is None:
+            return self.snapshot()
+        if not 0 <= version < self.version or self._dense:
+            return self.snapshot()
+        if version not in self._made:
+            self._made[version] = self._catch_up(version)
+        return self._made[version]
+
+    def _catch_up(self, version: int) -> Shipment:
+        """What is fewest bytes: the deltas one by one, their sum, or all anew."""
+        wanted = range(version + 1, self.version + 1)
+        chain = None
+        if all(each in self._log for each in wanted):
+            chain = Shipment("deltas", tuple(self._log[each] for each in wanted))
+            if len(wanted) == 1:
+                return chain
+            moved = self._moved_since(version)
+        elif version == self._started:
+            moved = self.shared - self._start
+        else:
+            return self.snapshot()
+        found = Shipment("catchup", self._steps(moved, version))
+        if chain is not None and chain.num_bytes <= found.num_bytes:
+            return chain
+        return found if found.num_bytes < self._snapshot_bytes() else self.snapshot()
+
+    def _moved_since(self, version: int) -> NDArray[np.float32]:
+        """The sum of the deltas after a version; exact, and kept for the next one further back."""
+        reached, moved = self._sum or (self.version, np.zeros_like(self.shared))
+        if reached < version:
+            reached, moved = self.version, np.zeros_like(self.shared)
+        for each in range(reached, version, -1):
+            delta = decode(self._log[each], layout=self.layout)
+            if not isinstance(delta, TernaryVector):
+                raise WireError("expected a ternary delta in the log, found a dense update")
+            _add(moved, delta)
+        self._sum = (version, moved)
+        return moved
+
+    def _steps(self, moved: NDArray[np.float32], version: int) -> tuple[bytes, ...]:
+        change = TaskVector(self.layout, moved)
+        return tuple(encode_parts(change, "steps", layout_by_id=True, base_version=version))
 
     def snapshot(self) -> Shipment:
-        """theta_shared itself, lossless, in as many parts as its size asks for."""
+        """All of theta_shared: a coarse start and what came after it, or lossless and dense."""
         if self._snapshot is None:
-            codec = self.codec if self._dense and self.version else "dense"
-            adapter = TaskVector(self.layout, self.shared)
-            blobs = encode_parts(adapter, codec, base_version=self.version)
-            self._snapshot = Shipment("snapshot", tuple(blobs))
+            self._snapshot = self._coarse_snapshot() or self._dense_snapshot()
         return self._snapshot
+
+    def _coarse_snapshot(self) -> Shipment | None:
+        if not self._coarse or (self._dense and self.version):
+            return None
+        start, version = TaskVector(self.layout, self._start), self._started
+        blobs = tuple(encode_parts(start, "steps", base_version=version, cuts=self._cuts))
+        if self.version > version:
+            blobs += self._steps(self.shared - self._start, version)
+        found = Shipment("start", blobs)
+        return found if found.num_bytes < self._snapshot_bytes() else None
+
+    def _dense_snapshot(self) -> Shipment:
+        codec = self.codec if self._dense and self.version else "dense"
+        adapter = TaskVector(self.layout, self.shared)
+        return Shipment("snapshot", tuple(encode_parts(adapter, codec, base_version=self.version)))
 
     def _snapshot_bytes(self) -> int:
         return 4 * self.layout.num_parameters
+
+    def _forget_what_was_made(self) -> None:
+        self._digest = self._snapshot = self._sum = None
+        self._made = {}
 
     def _forget_what_a_snapshot_beats(self) -> None:
         total = sum(len(blob) for blob in self._log.values())
@@ -199,8 +299,16 @@ class Downlink:
     # What a checkpoint keeps.
 
     def state(self) -> dict[str, Any]:
-        """Version, theta_shared and log, for `restore`."""
-        return {"version": self.version, "shared": self.shared, "log": dict(self._log)}
+        """Version, theta_shared, start and log, for `restore`."""
+        return {
+            "version": self.version,
+            "shared": self.shared,
+            "start": self._start,
+            "started": self._started,
+            "cuts": self._cuts,
+            "grid": self.grid.exponent,
+            "log": dict(self._log),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave.
@@ -209,15 +317,24 @@ class Downlink:
         ------
         ParameterError
             A state of another layout.
+        StateError
+            A state of before the grid.
         """
-        shared = np.asarray(state["shared"], np.float32)
-        if shared.shape != self.shared.shape:
+        if "grid" not in state:
+            raise StateError(
+                "expected a checkpoint whose adapter lies on a grid, found one that an earlier "
+                "version of compeft-fl wrote: begin again from the adapter that it led to"
+            )
+        shared, start = (np.asarray(state[name], np.float32) for name in ("shared", "start"))
+        if not shared.shape == start.shape == self.shared.shape:
             raise ParameterError(
                 f"expected {self.layout.num_parameters} values, found {shared.shape}"
             )
         self.version, self.shared = int(state["version"]), shared.copy()
+        self._start, self._started = start.copy(), int(state["started"])
+        self.grid, self._cuts = Grid(int(state["grid"])), [int(cut) for cut in state["cuts"]]
         self._log = OrderedDict(sorted(state["log"].items()))
-        self._digest, self._snapshot = None, None
+        self._forget_what_was_made()
 
 
 class Replica:
@@ -243,8 +360,10 @@ class Replica:
             Bytes that a decoder rejects, or no dense adapter.
         """
         opened = open_update(blobs)
-        if not opened.dense:  # it takes as many bytes as it has values, so they need no bound
-            raise WireError("expected a dense snapshot, found a ternary update")
+        if not opened.codec.startswith(
+            "dense"
+        ):  # it takes as many bytes as it has values, so they need no bound
+            raise WireError("expected a dense snapshot, found another update")
         return cls(opened.layout, _host(opened.decode().to_task_vector()), opened.base_version)
 
     def advance(self, blobs: Sequence[bytes], version: int) -> Replica:
@@ -271,6 +390,43 @@ class Replica:
                 raise WireError("expected a ternary delta, found a dense update")
             _add(values, delta)
         return Replica(self.layout, values, version)
+
+    def catch_up(self, blobs: Sequence[bytes], version: int) -> Replica:
+        """The adapter after the sum of all deltas to ``version``; this one is left as it is.
+
+        Raises
+        ------
+        WireError
+            Bytes that a decoder rejects, a sum from another version, or no steps.
+        """
+        opened = open_update(blobs, layout=self.layout, base_version=self.version)
+        if opened.codec != "steps":
+            raise WireError(f"expected steps to catch up by, found a body of codec {opened.codec}")
+        with np.errstate(over="ignore", invalid="ignore"):  # the digest tells
+            values = self.values + _host(opened.decode().to_task_vector())
+        return Replica(self.layout, values, version)
+
+    @classmethod
+    def from_start(cls, blobs: Sequence[bytes], version: int) -> Replica:
+        """The adapter of a start and, if more follows, of a catch-up from it.
+
+        Raises
+        ------
+        WireError
+            Bytes that a decoder rejects.
+        """
+        layout, covered, count = None, 0, 0
+        while count < len(blobs) and (layout is None or covered < layout.num_parameters):
+            header = inspect(blobs[count], layout=layout)
+            layout = layout or header.layout
+            covered += header.num_parameters
+            count += 1
+        opened = open_update(blobs[:count])
+        if opened.codec != "steps":
+            raise WireError(f"expected a start in steps, found a body of codec {opened.codec}")
+        values = _host(opened.decode().to_task_vector())
+        start = cls(opened.layout, values, opened.base_version)
+        return start.catch_up(blobs[count:], version) if blobs[count:] else start
 
     @property
     def digest(self) -> bytes:

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 
 from compeft_fl.errors import CompeftError, ResyncError
 from compeft_fl.exchange.downlink import Replica, Shipment
+from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
+from compeft_fl.wire.opening import parse
 
 __all__ = ["UNKNOWN", "UPDATE_ID_BYTES", "Answer", "Offer", "follow", "settle", "update_id"]
 
@@ -117,7 +119,7 @@ def follow(
         The node lacks what the shipment builds on, or the digest differs.
     """
     try:
-        replica = _built_on(state, shipment, initial)
+        replica = _built_on(state, shipment, offer.version, initial)
     except CompeftError as error:
         raise ResyncError(f"{type(error).__name__}: {error}") from None
     if replica.version != offer.version:
@@ -131,11 +133,16 @@ def follow(
 
 
 def _built_on(
-    state: NodeState, shipment: Shipment, initial: Callable[[], TaskVector] | None
+    state: NodeState, shipment: Shipment, version: int, initial: Callable[[], TaskVector] | None
 ) -> Replica:
     if shipment.kind == "snapshot":
         return Replica.from_snapshot(shipment.blobs)
+    if shipment.kind == "start":
+        return Replica.from_start(shipment.blobs, version)
     replica = state.replica
+    base = _base_version(shipment)
+    if replica is not None and shipment.kind == "catchup" and base == 0 != replica.version:
+        replica = None if initial is not None else replica  # anew, from the start
     if replica is None:
         if initial is None:
             raise ResyncError("this node has no adapter of this federation")
@@ -143,15 +150,23 @@ def _built_on(
         values = adapter.values
         if is_torch(values):
             values = values.cpu().numpy()  # type: ignore[union-attr]
-        replica = Replica(adapter.layout, values, 0)  # type: ignore[arg-type]
-    if not shipment.blobs:
+        start = Grid.of(values).nearest(values)  # type: ignore[arg-type]
+        replica = Replica(adapter.layout, start, 0)
+    if not shipment.blobs or replica.version == version:
         return replica
+    if shipment.kind == "catchup":
+        return replica.catch_up(shipment.blobs, version)
     # Of deltas that the server thinks are lacking, some may have arrived already.
     versions = [inspect(blob, layout=replica.layout).base_version for blob in shipment.blobs]
     new = [
         blob for blob, base in zip(shipment.blobs, versions, strict=True) if base >= replica.version
     ]
     return replica.advance(new, versions[-1] + 1)
+
+
+def _base_version(shipment: Shipment) -> int:
+    """The version that a shipment's first Update builds on; -1: it has none."""
+    return parse(shipment.blobs[0], None)[0].base_version if shipment.blobs else -1
 
 
 def settle(state: NodeState, offer: Offer) -> NodeState:

@@ -1,0 +1,106 @@
+"""The grid that the global adapter moves on: sums of steps on it are exact, in any order.
+
+Every value of theta_shared is a whole multiple of one power of two, `unit`, and of magnitude below
+2^23 of it: where values outgrow that, another grid is laid. So the sum and the difference of two
+such values are exact in float32, and what a node has missed is one vector of small integers,
+however many versions it took.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compeft_fl.task_vector import Layout
+
+__all__ = ["Grid", "step_near"]
+
+Floats = NDArray[np.float32]
+
+_BITS = 23  # of a value in units; one less than float32's, so that differences are exact too
+_HEADROOM = 3  # bits: values may grow to 8 times the largest, and then there is another grid
+_NO_START = 1.0  # stands for the largest value of a start that is all zeros
+_LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps body hold
+_COARSE_BITS = 7  # of a coarse start's values, without the sign
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The whole multiples of 2^exponent whose magnitude is below `limit`.
+
+    Examples
+    --------
+    >>> grid = Grid.of(np.array([0.1, -1.0], "f4"))
+    >>> grid.unit, grid.limit
+    (9.5367431640625e-07, 8.0)
+    >>> grid.nearest(np.array([0.1], "f4"))
+    array([0.10000038], dtype=float32)
+    """
+
+    exponent: int
+
+    @classmethod
+    def of(cls, start: Floats) -> Grid:
+        """The grid of a federation that starts from these values, float32, shape (d,)."""
+        largest = float(np.abs(start).max(initial=0.0)) or _NO_START
+        exponent = math.frexp(largest)[1] + _HEADROOM - _BITS
+        if math.frexp(largest)[0] == 0.5:  # a power of two
+            exponent -= 1
+        return cls(min(max(exponent, _LOWEST), _HIGHEST))
+
+    @property
+    def unit(self) -> float:
+        """The distance between two neighbours."""
+        return math.ldexp(1.0, self.exponent)
+
+    @property
+    def limit(self) -> float:
+        """All magnitudes are below."""
+        return math.ldexp(1.0, self.exponent + _BITS)
+
+    def nearest(self, values: Floats) -> Floats:
+        """The values rounded to the grid, of two equally near the even multiple; no -0."""
+        return _no_minus_zero(np.ldexp(np.rint(np.ldexp(values, -self.exponent)), self.exponent))
+
+    def coarse(self, values: Floats, layout: Layout) -> tuple[Floats, list[int]]:
+        """The values in 8 bits or fewer: each tensor on a step of its own, a multiple of the unit.
+
+        Returns
+        -------
+        values : ndarray of float32, shape (d,)
+        cuts : list of int
+            Where the step changes: parameters at which an encoder cuts, to give each part its own.
+        """
+        rounded, cuts, last = np.zeros_like(values), [], None
+        for _, where in layout.slices():
+            piece = values[where]
+            largest = float(np.abs(piece).max(initial=0.0))
+            if not largest:
+                continue
+            exponent = max(math.frexp(largest)[1] - _COARSE_BITS, self.exponent)
+            steps = np.minimum(np.maximum(np.rint(np.ldexp(piece, -exponent)), -127), 127)
+            rounded[where] = np.ldexp(steps, exponent)
+            if last is not None and exponent != last:
+                cuts.append(where.start)
+            last = exponent
+        return _no_minus_zero(rounded), cuts
+
+
+def _no_minus_zero(values: Floats) -> Floats:
+    """Adding 0 makes 0 of -0, on some ways to a version and not on others: digests would differ."""
+    return values + np.float32(0)
+
+
+def step_near(scale: float, unit: float) -> float:
+    """The power of two that is nearest to a scale > 0; the unit where that is larger.
+
+    Examples
+    --------
+    >>> step_near(0.7, 2**-20), step_near(0.8, 2**-20), step_near(1e-9, 2**-20) == 2**-20
+    (0.5, 1.0, True)
+    """
+    mantissa, exponent = math.frexp(scale)
+    return max(math.ldexp(1.0, exponent if mantissa > 0.75 else exponent - 1), unit)
