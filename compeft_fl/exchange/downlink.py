@@ -70,6 +70,9 @@ class Shipment:
         return sum(len(blob) for blob in self.blobs)
 
 
+_NOTHING = Shipment("nothing")
+
+
 class Downlink:
     """The server's end: theta_shared on its grid, its version, and the deltas that led there.
 
@@ -80,7 +83,7 @@ class Downlink:
         grid; the rest stays in theta - theta_shared.
     density, scale, codec, support
         Of the deltas, see `compeft_fl.compress` and `compeft_fl.encode`; the scale is rounded to a
-        power of two. A dense codec sends the whole adapter in each version.
+        power of two. A dense codec sends the whole adapter in each version, and knows no grid.
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
@@ -161,13 +164,13 @@ class Downlink:
         if np.array_equal(target, self.shared):
             return
         TaskVector(self.layout, target).check_finite()
-        if float(np.abs(target).max(initial=0.0)) >= self.grid.limit / 2:
-            self._begin(target, self.version + 1)
-            self._log.clear()
-        elif self._dense:
+        if self._dense:
             blobs = encode_parts(TaskVector(self.layout, target), self.codec)
             shared: Any = decode_parts(blobs).to_task_vector().values
             self.shared = shared
+            self._log.clear()
+        elif float(np.abs(target).max(initial=0.0)) >= self.grid.limit / 2:
+            self._begin(target, self.version + 1)
             self._log.clear()
         else:
             delta = self._delta(_difference(target, self.shared))
@@ -191,8 +194,8 @@ class Downlink:
         """Lay a grid around an adapter: at the start, and anew where values have outgrown it."""
         self.grid = Grid.of(adapter)
         self._cuts: list[int] = []  # of a coarse start
-        self.shared = self.grid.nearest(adapter)
-        if self._coarse:
+        self.shared = adapter.copy() if self._dense else self.grid.nearest(adapter)
+        if self._coarse and not self._dense:
             self.shared, self._cuts = self.grid.coarse(adapter, self.layout)
         self._start, self._started = self.shared, version
 
@@ -216,10 +219,11 @@ class Downlink:
     def lacking(self, version: int | None) -> Shipment:
         """What a node at ``version`` needs; None: a node that has nothing of this federation.
 
-        Version 0 is every node's that can make the start, at any time.
+        Version 0 is every node's that can make the start, at any time. One object for each answer,
+        as long as the version stands.
         """
         if version == self.version:
-            return Shipment("nothing")
+            return _NOTHING
         if version is None:
             return self.snapshot()
         if not 0 <= version < self.version or self._dense:
@@ -270,7 +274,7 @@ class Downlink:
         return self._snapshot
 
     def _coarse_snapshot(self) -> Shipment | None:
-        if not self._coarse or (self._dense and self.version):
+        if not self._coarse or self._dense:
             return None
         start, version = TaskVector(self.layout, self._start), self._started
         blobs = tuple(encode_parts(start, "steps", base_version=version, cuts=self._cuts))

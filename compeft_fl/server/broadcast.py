@@ -75,7 +75,6 @@ class Broadcaster:
         self._nodes = NodeTable()
         self._restored = False
         self._resyncs: dict[int, int] = {}  # in this round, by node id
-        self._shipments: dict[tuple[str, int], Shipment] = {}  # of this round
         self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
         self._addressed: dict[int, RecordDict] = {}  # contents of this round, by node id
         self._key = ""
@@ -87,7 +86,6 @@ class Broadcaster:
         self._carried = Versions(Apart())
         self._nodes, self._restored = NodeTable(), False
         self._resyncs.clear()
-        self._shipments.clear()
         self._records.clear()
         self._addressed.clear()
 
@@ -138,7 +136,6 @@ class Broadcaster:
             go as one dense Update.
         """
         self._resyncs.clear()
-        self._shipments.clear()
         self._records.clear()
         self._addressed.clear()
         self.transfers.begin()
@@ -270,7 +267,7 @@ class Broadcaster:
         """What a node is sent, also of carried tensors, and which of its updates was taken last."""
         known = self._nodes.get(node_id)
         shipment, carried = self._lacked_by(known)
-        return self._shared(shipment), carried, UNKNOWN if known is None else known.taken
+        return shipment, carried, UNKNOWN if known is None else known.taken
 
     def _lacked_by(self, known: Node | None) -> tuple[Shipment, bytes | None]:
         """What a node lacks, and what of carried tensors."""
@@ -278,7 +275,7 @@ class Broadcaster:
             raise ParameterError("expected `base` before `address`")
         if known is None and self._restored:
             # After a restart the nodes may have other ids, and have kept all but the last version.
-            return Shipment("nothing"), None
+            return self._lacking(self._downlink.version), None
         if known is None:
             return self._lacking(self._start), self._carried.lacking(NOTHING)
         version = None if known.version == NOTHING else known.version
@@ -299,10 +296,6 @@ class Broadcaster:
         shipment = make(self._downlink)
         self.transfers.encoded(time.perf_counter() - started)
         return shipment
-
-    def _shared(self, shipment: Shipment) -> Shipment:
-        """The same object for equal shipments, so that messages share their content."""
-        return self._shipments.setdefault((shipment.kind, len(shipment.blobs)), shipment)
 
     def _content(
         self, content: RecordDict, shipment: Shipment, carried: bytes | None, taken: bytes

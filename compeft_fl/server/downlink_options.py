@@ -12,7 +12,7 @@ from compeft_fl.task_vector import TaskVector
 
 __all__ = ["DownlinkOptions", "log_lag"]
 
-FIRST_CONTACTS = ("snapshot", "seed")
+FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class DownlinkOptions:
         The deltas' scale rule, see `compeft_fl.compress`.
     support : "best" or "fixed"
         Which of the largest a delta keeps, see `compeft_fl.compress`.
-    first_contact : {"snapshot", "seed"}
-        What a node gets of which nothing is known: a lossless snapshot, or nothing but later
-        deltas, because it makes the same start by itself (``initial_adapter`` of the mod). A node
-        whose start differs says so, and gets the snapshot.
+    first_contact : {"coarse", "snapshot", "seed"}
+        What a node gets of which nothing is known. "coarse": the start, in 8 bits or fewer a
+        parameter, and what came after it; the server takes what was rounded off as not yet sent.
+        "snapshot": a lossless one. "seed": only what came after the start, because the node makes
+        the same start by itself (``initial_adapter`` of the mod); one whose start differs says so,
+        and gets the snapshot.
 
     Raises
     ------
@@ -46,7 +48,7 @@ class DownlinkOptions:
     codec: str = "golomb"
     density: float = 0.2
     scale: str | float = "mean"
-    first_contact: str = "snapshot"
+    first_contact: str = "coarse"
     link_mbps: float | None = None
     support: str = "best"
 
@@ -66,6 +68,7 @@ class DownlinkOptions:
             support=self.support,
             codec=self.codec,
             link_mbps=self.link_mbps,
+            coarse_start=self.first_contact == "coarse",
         )
 
 
