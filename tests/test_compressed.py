@@ -131,7 +131,7 @@ def test_clients_get_one_update_and_the_inner_config():
     messages = strategy.configure_train(1, tiny.arrays(), ConfigRecord(), compressed_grid())
     assert len({id(message.content) for message in messages}) == 1
     content = messages[0].content
-    assert list(content["arrays"]) == ["snapshot-0"]
+    assert list(content["arrays"]) == ["start-0", "start-1"]
     assert dict(content["config"]) == {"proximal-mu": 0.25, "server-round": 1}
 
 

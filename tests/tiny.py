@@ -17,8 +17,10 @@ Train = Callable[[dict[str, np.ndarray], Context], dict[str, np.ndarray]]
 
 
 def adapter(dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """Sixteenths: what a coarse start holds exactly, so that nodes start from just this."""
     rng = np.random.default_rng(seed)
-    return {name: np.asarray(rng.standard_normal(s), dtype) for name, s in SHAPES.items()}
+    drawn = {name: np.rint(16 * rng.standard_normal(s)) / 16 for name, s in SHAPES.items()}
+    return {name: np.asarray(value, dtype) for name, value in drawn.items()}
 
 
 def arrays(state: dict[str, np.ndarray] | None = None) -> ArrayRecord:
