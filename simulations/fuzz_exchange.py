@@ -13,8 +13,9 @@ from fuzz_targets import LAYOUT, NASTY, Target, change_fields, mutated, resealed
 import compeft_fl as cf
 from compeft_fl.errors import CompeftError
 from compeft_fl.exchange import records
-from compeft_fl.exchange.downlink import Downlink, Replica, Shipment
+from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.protocol import Answer, Offer
+from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.wire.messages import encode_parts
 
 _SEPARATOR = b"\0<next>\0"  # between the blobs of one input

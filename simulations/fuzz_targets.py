@@ -20,8 +20,8 @@ import compeft_fl as cf
 from compeft_fl import codecs
 from compeft_fl.errors import CompeftError, UnknownLayoutError
 from compeft_fl.exchange import node_state
-from compeft_fl.exchange.downlink import Replica
 from compeft_fl.exchange.records import to_arrays
+from compeft_fl.exchange.replica import Replica
 from compeft_fl.merging import partial
 from compeft_fl.merging.partial import decode_partial, encode_partial
 from compeft_fl.server import checkpoint

@@ -17,9 +17,10 @@ from compeft_fl.errors import (
     VersionError,
     WireError,
 )
-from compeft_fl.exchange.downlink import DIGEST_BYTES, Downlink, Replica, Shipment, digest_of
+from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.node_state import NodeState
 from compeft_fl.exchange.protocol import UNKNOWN, Offer, follow
+from compeft_fl.exchange.replica import DIGEST_BYTES, Replica, Shipment, digest_of
 
 LAYOUT = cf.Layout([cf.TensorSpec("a", (40, 50)), cf.TensorSpec("b", (777,))])
 

@@ -16,9 +16,9 @@ from local_grid import LocalGrid, node_ids
 
 from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.compeft import compress
-from compeft_fl.exchange.downlink import digest_of
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.records import EXCHANGE_KEY, find_answer, find_offer
+from compeft_fl.exchange.replica import digest_of
 from compeft_fl.mod import CompressionMod
 from compeft_fl.strategies import (
     CheckpointFolder,

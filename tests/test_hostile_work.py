@@ -14,7 +14,7 @@ from local_grid import identify, set_metadata
 import compeft_fl as cf
 from compeft_fl import errors
 from compeft_fl.exchange import records
-from compeft_fl.exchange.downlink import Replica
+from compeft_fl.exchange.replica import Replica
 from compeft_fl.mod import CompressionMod
 from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2

@@ -16,8 +16,8 @@ import pytest
 import compeft_fl as cf
 from compeft_fl.errors import StateError
 from compeft_fl.exchange import node_state
-from compeft_fl.exchange.downlink import Replica
 from compeft_fl.exchange.node_state import NO_UPDATE, NodeState, StateFile, state_folder
+from compeft_fl.exchange.replica import Replica
 
 D = 500
 LAYOUT = cf.Layout([cf.TensorSpec("a", (20, 20)), cf.TensorSpec("b", (100,))])

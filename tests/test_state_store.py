@@ -23,8 +23,8 @@ from compeft_fl.client import state_store
 from compeft_fl.client.node_memory import NodeMemory, default_root, node_name
 from compeft_fl.client.state_store import MARKER, inventory, open_federation, remove
 from compeft_fl.errors import StateError
-from compeft_fl.exchange.downlink import Replica
 from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.replica import Replica
 from compeft_fl.mod import CompressionMod
 from compeft_fl.strategies import ComPEFTAverage
 

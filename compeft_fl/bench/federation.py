@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from compeft_fl import codecs, merging
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.errors import ParameterError
-from compeft_fl.exchange.downlink import Downlink, Replica
+from compeft_fl.exchange.downlink import Downlink
+from compeft_fl.exchange.replica import Replica
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY, ErrorFeedback
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector

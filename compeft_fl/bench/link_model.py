@@ -29,7 +29,6 @@ from compeft_fl.bench.link_app import (
     synthetic_task_vector,
 )
 from compeft_fl.codecs.dense import Dense
-from compeft_fl.exchange.downlink import DIGEST_BYTES, Shipment
 from compeft_fl.exchange.message_size import MessageSizes
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.exchange.records import (
@@ -39,6 +38,7 @@ from compeft_fl.exchange.records import (
     shipment_record,
     update_record,
 )
+from compeft_fl.exchange.replica import DIGEST_BYTES, Shipment
 
 __all__ = ["CodecCost", "WayCost", "measure", "round_seconds"]
 

@@ -30,7 +30,6 @@ from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import CompeftError, ParameterError, ResyncError, StateError
 from compeft_fl.exchange.carried import Apart, follow_apart
-from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.exchange.protocol import (
     UNKNOWN,
@@ -54,6 +53,7 @@ from compeft_fl.exchange.records import (
     unflatten,
     update_record,
 )
+from compeft_fl.exchange.replica import Shipment
 from compeft_fl.exchange.uplink import (
     AT_RISK,
     RESIDUAL_DECAY,

@@ -13,11 +13,8 @@ updates); Tang et al., "DoubleSqueeze", https://arxiv.org/abs/1905.05957.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,46 +25,15 @@ from compeft_fl.errors import (
     LayoutMismatchError,
     ParameterError,
     StateError,
-    VersionError,
     WireError,
 )
 from compeft_fl.exchange.grid import Grid, step_near
-from compeft_fl.task_vector import Layout, TaskVector, is_torch
+from compeft_fl.exchange.replica import MAX_DELTAS, Shipment, add_in_place, digest_of, on_cpu
+from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
-from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts, inspect
-from compeft_fl.wire.opening import open_update
+from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
 
-__all__ = ["DIGEST_BYTES", "Downlink", "Replica", "Shipment", "digest_of", "distance"]
-
-DIGEST_BYTES = 16
-MAX_DELTAS = 1024  # in a shipment: each costs the node a pass over its adapter
-
-
-def digest_of(values: NDArray[np.float32]) -> bytes:
-    """16 bytes that stand for a flat adapter: BLAKE2b-128 of its little-endian float32 values."""
-    data = np.ascontiguousarray(values, "<f4")
-    return hashlib.blake2b(data.data, digest_size=DIGEST_BYTES).digest()
-
-
-@dataclass(frozen=True)
-class Shipment:
-    """What brings a node to the current version.
-
-    Attributes
-    ----------
-    kind : "nothing", "deltas", "catchup", "start" or "snapshot"
-    blobs : tuple of bytes
-        Updates: one per version; the parts of one catch-up from the version that they name; the
-        parts of the start, and then those of a catch-up from it; the parts of one dense adapter.
-    """
-
-    kind: str
-    blobs: tuple[bytes, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        """The payload."""
-        return sum(len(blob) for blob in self.blobs)
+__all__ = ["Downlink", "distance"]
 
 
 _NOTHING = Shipment("nothing")
@@ -132,7 +98,7 @@ class Downlink:
         self.version = 0
         self._coarse = coarse_start
         self.shared: NDArray[np.float32]  # theta_shared
-        self._begin(_host(adapter), 0)
+        self._begin(on_cpu(adapter), 0)
         self._log: OrderedDict[int, bytes] = OrderedDict()  # version -> the delta that made it
         # Of this version, made when they are asked for:
         self._digest: bytes | None = None
@@ -160,7 +126,7 @@ class Downlink:
         """
         if adapter.layout != self.layout:
             raise LayoutMismatchError(f"expected {self.layout!r}, found {adapter.layout!r}")
-        target = _host(adapter)
+        target = on_cpu(adapter)
         if np.array_equal(target, self.shared):
             return
         TaskVector(self.layout, target).check_finite()
@@ -184,7 +150,7 @@ class Downlink:
                 base_version=self.version,
             )
             self.shared = self.shared.copy()  # the old one may be in use
-            _add(self.shared, delta)
+            add_in_place(self.shared, delta)
             self._log[self.version + 1] = blob
         self.version += 1
         self._forget_what_was_made()
@@ -259,7 +225,7 @@ class Downlink:
             delta = decode(self._log[each], layout=self.layout)
             if not isinstance(delta, TernaryVector):
                 raise WireError("expected a ternary delta in the log, found a dense update")
-            _add(moved, delta)
+            add_in_place(moved, delta)
         self._sum = (version, moved)
         return moved
 
@@ -341,103 +307,6 @@ class Downlink:
         self._forget_what_was_made()
 
 
-class Replica:
-    """A node's end: theta_shared as it was last reconstructed, and its version.
-
-    Parameters
-    ----------
-    layout : Layout
-    values : ndarray of float32, shape (d,)
-    version : int
-    """
-
-    def __init__(self, layout: Layout, values: NDArray[np.float32], version: int) -> None:
-        self.layout, self.values, self.version = layout, values, version
-
-    @classmethod
-    def from_snapshot(cls, blobs: Sequence[bytes]) -> Replica:
-        """The adapter that a snapshot brings.
-
-        Raises
-        ------
-        WireError
-            Bytes that a decoder rejects, or no dense adapter.
-        """
-        opened = open_update(blobs)
-        if not opened.codec.startswith(
-            "dense"
-        ):  # it takes as many bytes as it has values, so they need no bound
-            raise WireError("expected a dense snapshot, found another update")
-        return cls(opened.layout, _host(opened.decode().to_task_vector()), opened.base_version)
-
-    def advance(self, blobs: Sequence[bytes], version: int) -> Replica:
-        """The adapter after the deltas from this version to ``version``; this one is left as it is.
-
-        Raises
-        ------
-        VersionError
-            The deltas start or end at other versions.
-        WireError
-            Bytes that a decoder rejects.
-        """
-        if self.version + len(blobs) != version:
-            raise VersionError(
-                f"expected {version - self.version} deltas from version {self.version} to "
-                f"{version}, found {len(blobs)}"
-            )
-        if len(blobs) > MAX_DELTAS:
-            raise WireError(f"expected at most {MAX_DELTAS} deltas, found {len(blobs)}")
-        values = self.values.copy()
-        for i, blob in enumerate(blobs):
-            delta = decode(blob, layout=self.layout, base_version=self.version + i)
-            if not isinstance(delta, TernaryVector):
-                raise WireError("expected a ternary delta, found a dense update")
-            _add(values, delta)
-        return Replica(self.layout, values, version)
-
-    def catch_up(self, blobs: Sequence[bytes], version: int) -> Replica:
-        """The adapter after the sum of all deltas to ``version``; this one is left as it is.
-
-        Raises
-        ------
-        WireError
-            Bytes that a decoder rejects, a sum from another version, or no steps.
-        """
-        opened = open_update(blobs, layout=self.layout, base_version=self.version)
-        if opened.codec != "steps":
-            raise WireError(f"expected steps to catch up by, found a body of codec {opened.codec}")
-        with np.errstate(over="ignore", invalid="ignore"):  # the digest tells
-            values = self.values + _host(opened.decode().to_task_vector())
-        return Replica(self.layout, values, version)
-
-    @classmethod
-    def from_start(cls, blobs: Sequence[bytes], version: int) -> Replica:
-        """The adapter of a start and, if more follows, of a catch-up from it.
-
-        Raises
-        ------
-        WireError
-            Bytes that a decoder rejects.
-        """
-        layout, covered, count = None, 0, 0
-        while count < len(blobs) and (layout is None or covered < layout.num_parameters):
-            header = inspect(blobs[count], layout=layout)
-            layout = layout or header.layout
-            covered += header.num_parameters
-            count += 1
-        opened = open_update(blobs[:count])
-        if opened.codec != "steps":
-            raise WireError(f"expected a start in steps, found a body of codec {opened.codec}")
-        values = _host(opened.decode().to_task_vector())
-        start = cls(opened.layout, values, opened.base_version)
-        return start.catch_up(blobs[count:], version) if blobs[count:] else start
-
-    @property
-    def digest(self) -> bytes:
-        """16 bytes that stand for the values."""
-        return digest_of(self.values)
-
-
 def _difference(target: NDArray[np.float32], shared: NDArray[np.float32]) -> NDArray[np.float32]:
     """The target less what is shared; at most float32's largest value, in either direction."""
     with np.errstate(over="ignore"):
@@ -451,17 +320,4 @@ def distance(one: TaskVector, other: TaskVector) -> float:
     """The Euclidean distance of two adapters."""
     from compeft_fl.kernels import cpu
 
-    return math.sqrt(cpu.sum_squares(_difference(_host(one), _host(other))))
-
-
-def _add(values: NDArray[np.float32], delta: TernaryVector) -> None:
-    """Add a delta in place; the same float32 operations on the server and on every node."""
-    from compeft_fl.kernels import cpu
-
-    cpu.add_ternary(values, delta.positive, delta.negative, delta.scales, delta.bounds)
-
-
-def _host(adapter: TaskVector) -> NDArray[np.float32]:
-    values: Any = adapter.values
-    array: NDArray[np.float32] = values.cpu().numpy() if is_torch(values) else values
-    return array
+    return math.sqrt(cpu.sum_squares(_difference(on_cpu(one), on_cpu(other))))

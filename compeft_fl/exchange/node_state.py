@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
-from compeft_fl.exchange.downlink import Replica
+from compeft_fl.exchange.replica import Replica
 from compeft_fl.task_vector import Layout, TensorSpec
 
 __all__ = [

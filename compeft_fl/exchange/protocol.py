@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from compeft_fl.errors import CompeftError, ResyncError
-from compeft_fl.exchange.downlink import Replica, Shipment
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.task_vector import TaskVector, is_torch

@@ -23,9 +23,9 @@ from numpy.lib import format
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError
-from compeft_fl.exchange.downlink import Shipment
 from compeft_fl.exchange.node_state import NOTHING
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
+from compeft_fl.exchange.replica import Shipment
 from compeft_fl.printable import PrintableFilter, one_line, quoted
 from compeft_fl.task_vector import MAX_DIMENSIONS, TaskVector
 from compeft_fl.wire.messages import STYPE

@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.carried import Apart, Versions
-from compeft_fl.exchange.downlink import Downlink, Shipment
+from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
 from compeft_fl.exchange.records import (
@@ -33,6 +33,7 @@ from compeft_fl.exchange.records import (
     shipment_record,
     update_record,
 )
+from compeft_fl.exchange.replica import Shipment
 from compeft_fl.server.base import Base
 from compeft_fl.server.downlink_options import DownlinkOptions, log_lag
 from compeft_fl.server.nodes import Node, NodeTable
