@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from compeft_fl.errors import CompeftError, ResyncError
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
+from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 from compeft_fl.wire.opening import parse
