@@ -288,3 +288,14 @@ def test_a_hundred_thousand_tensors_are_shown(tmp_path, capsys):
     assert main(["inspect", "--tensors", str(file)]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 100_000
     assert Path(file).stat().st_size < 4_000_000
+
+
+def test_many_large_files_are_in_memory_one_at_a_time(tmp_path):
+    message = zeros(FLOOR, metadata=CONFIG)
+    message.layout.tensors[0].name = "lora_A"
+    names = [tmp_path / f"{index}.compeft" for index in range(40)]
+    for name in names:
+        name.write_bytes(seal(message))
+    done = in_little_memory(["inspect", *names], 60)  # all at once would be 160 MiB
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("16,777,216") == 40

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -105,11 +105,18 @@ def decompress(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Show what is in files."""
-    stored = [_read(file, options) for file in options.files]
-    _print_summary(options.files, stored)
-    if options.tensors:
-        for file, one in zip(options.files, stored, strict=True):
-            _print_tensors(file, one)
+    tensors: list[Table] = []
+
+    def each() -> Iterator[files.StoredUpdate]:  # one in memory at a time
+        for file in options.files:
+            stored = _read(file, options)
+            if options.tensors:
+                tensors.append(_tensors_of(file, stored))
+            yield stored
+
+    _print_summary(options.files, each())
+    for table in tensors:
+        table.print()
     return 0
 
 
@@ -192,11 +199,13 @@ def _read(file: Path, options: argparse.Namespace) -> files.StoredUpdate:
 # --- tables -----------------------------------------------------------------------------------
 
 
-def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) -> None:
+def _print_summary(names: Sequence[Path], stored: Iterable[files.StoredUpdate]) -> None:
     """Two tables, a row a file: what it takes and keeps, and what it belongs to."""
     columns = ["file", "tensors", "parameters", "density", "scale", "codec", "bits/param"]
     columns += ["bytes", "fp16/file", "fp32/file", "cosine", "error"]
     table = Table(None, columns, left=("file",))
+    columns = ["file", "method", "base model", "r", "start", "--init", "carried", "change's cosine"]
+    origins = Table(None, columns, left=("file", "method", "base model", "start", "--init"))
     for name, one in zip(names, stored, strict=True):
         update, d = one.update, one.update.num_parameters
         kept = sum(count for _, count in _nonzeros(update))
@@ -214,11 +223,7 @@ def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) 
             _figure(one.cosine),
             _figure(one.relative_error),
         )
-    table.print()
-    columns = ["file", "method", "base model", "r", "start", "--init", "carried", "change's cosine"]
-    table = Table(None, columns, left=("file", "method", "base model", "start", "--init"))
-    for name, one in zip(names, stored, strict=True):
-        table.add_row(
+        origins.add_row(
             str(name),
             str(one.config["peft_type"]),
             base_model(one.config) or "-",
@@ -229,13 +234,14 @@ def _print_summary(names: Sequence[Path], stored: Sequence[files.StoredUpdate]) 
             _figure(one.effect_cosine),
         )
     table.print()
+    origins.print()
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _print_tensors(name: Path, stored: files.StoredUpdate) -> None:
+def _tensors_of(name: Path, stored: files.StoredUpdate) -> Table:
     update = stored.update
     columns = ["tensor", "shape", "type", "parameters", "kept", "density"]
     title = f"{name} ({stored.config['peft_type']})"
@@ -244,7 +250,7 @@ def _print_tensors(name: Path, stored: files.StoredUpdate) -> None:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         density = f"{count / max(1, tensor.size):.4g}"
         table.add_row(tensor.name, shape, tensor.dtype, f"{tensor.size:,}", f"{count:,}", density)
-    table.print()
+    return table
 
 
 def _nonzeros(update: Update) -> Iterator[tuple[TensorSpec, int]]:
