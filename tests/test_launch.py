@@ -175,11 +175,7 @@ def test_a_run_whose_command_is_killed_leaves_nothing(scenario, tmp_path):
     """kill -9: its children notice, and so does the folder with Flower's state."""
     run = Watched(str(scenario), "rounds=1000", folder=tmp_path)
     run.wait_for("progress.jsonl", '"event": "reply"')
-    (home,) = {
-        Path(process.environ()["FLWR_HOME"])
-        for process in list(run.family.values())
-        if "--simulation" in process.cmdline()
-    }
+    home = Path(run.one("--simulation").environ()["FLWR_HOME"])
     assert home.exists()
     run.process.kill()
     code, _, _ = run.end()
