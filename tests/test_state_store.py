@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from flwr.app import Context, RecordDict
-from local_grid import LocalGrid
+from local_grid import LocalGrid, node_ids
 from test_exchange import flat, resumable, start
 
 from compeft_fl.cli.main import main
@@ -199,12 +199,31 @@ def test_runs_that_are_invented_too_are_bounded(tmp_path, monkeypatch):
     assert {each.federation for each in inventory(tmp_path)} == {"last", "f17", "f18", "f19"}
 
 
-def test_the_end_of_a_run_takes_its_state_along(caplog):
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_the_end_of_a_run_takes_its_state_along(fraction, caplog):
     caplog.set_level("INFO")
     app = tiny.client_app(CompressionMod())
-    start(ComPEFTAverage(), LocalGrid(app, 3), 2, checkpointing=None)
+    strategy = ComPEFTAverage(fraction_evaluate=fraction)
+    start(strategy, LocalGrid(app, 3), 2, checkpointing=None)
     assert tree(default_root()) == []
     assert "is of a run that has ended: it is removed" in caplog.text
+
+
+def test_nodes_elsewhere_forget_with_the_last_evaluation(tmp_path):
+    """The server does not see their folders; what they have, they have until then."""
+    roots = {node: tmp_path / str(node) for node in node_ids(3)}
+    apps = {node: tiny.client_app(CompressionMod(state_dir=root)) for node, root in roots.items()}
+    seen = []
+
+    def evaluate(server_round, arrays):
+        seen.append([sum(state.nodes for state in inventory(root)) for root in roots.values()])
+
+    strategy = ComPEFTAverage()
+    start(strategy, LocalGrid(apps, 3), 3, checkpointing=None, evaluate_fn=evaluate)
+    assert seen == [[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]]
+    assert tree(tmp_path) == [root.name for root in roots.values()]
+    assert [count.replies for count in strategy.observer.evaluate.values()] == [3, 3, 3]
+    assert [count.resyncs for count in strategy.observer.evaluate.values()] == [0, 0, 0]
 
 
 def test_a_run_that_can_go_on_keeps_its_state():
@@ -310,7 +329,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 os.getuid = lambda: 4242424  # whom the system does not know
 import tiny
-from local_grid import LocalGrid
+from local_grid import LocalGrid, node_ids
 from compeft_fl.mod import CompressionMod
 from compeft_fl.strategies import ComPEFTAverage
 strategy = ComPEFTAverage(fraction_evaluate=0.0)

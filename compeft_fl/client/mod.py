@@ -236,7 +236,10 @@ class CompressionMod:
             with encoding:
                 state = self._compress_outgoing(received, reply, state, offer.version, privacy)
             sent = state.trained
-        if memory.save(state):
+        if offer.last and not trains:  # training again may need what it keeps
+            memory.forget()
+            kept, carried = NOTHING, NOTHING
+        elif memory.save(state):
             kept, carried = replica.version, _carried_version(state)
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds

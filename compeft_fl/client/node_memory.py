@@ -138,6 +138,12 @@ class NodeMemory:
         self.state = state
         return True
 
+    def forget(self) -> None:
+        """Keep nothing: the federation has ended. The folders go too, as far as they are empty."""
+        self.state = NodeState()
+        if self._file is not None:
+            state_store.leave(self._file.folder)
+
 
 def _opened(
     stack: contextlib.ExitStack, context: Context, federation: str, root: Path

@@ -11,8 +11,9 @@ A folder is ours where it was made here: it has the marker, the marker names it,
 user's. It is removed only where it is wholly ours: nothing lies in it but the files above, and no
 process works in it. All folders are for their owner only (0700), and so are the files (0600).
 
-What is removed, and when. At the end of a run, by `compeft_fl.server.rounds`: the state of its
-federation, where nobody can go on with it. When a federation is heard of for the first time:
+What is removed, and when. At the end of a run, the state of its federation, where nobody can go on
+with it (no checkpoints): by its nodes, with the last evaluation, and by its server, where that is
+on the same machine. When a federation is heard of for the first time:
 
 - federations that were not heard of for 30 days;
 - of one run, all but the 4 heard of last (a server that invents federations gains nothing);
@@ -48,6 +49,7 @@ __all__ = [
     "clear",
     "forget",
     "inventory",
+    "leave",
     "open_federation",
     "remove",
 ]
@@ -217,6 +219,16 @@ def remove(state: FederationState) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def leave(node: Path) -> None:
+    """Remove a node's folder, whose lock is held, and the federation's where it was the last."""
+    with contextlib.suppress(OSError):
+        _empty(node, _OURS, last=LOCK_FILE)
+        LOGGER.info("the state in %s is of a run that has ended: it is removed", node)
+        with locked(node.parent / MARKER, wait=False, make=False):
+            if not _folders(node.parent):
+                _empty(node.parent, _MARKERS, last=MARKER)
 
 
 def clear(root: Path) -> None:

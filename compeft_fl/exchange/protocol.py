@@ -58,6 +58,8 @@ class Offer:
         The version of the tensors beside the task vector; `NOTHING`: there are none.
     carried_digest : bytes, 16
         Of these.
+    last : bool
+        The federation ends with this message, and nobody can go on with it.
     """
 
     federation: str
@@ -66,6 +68,7 @@ class Offer:
     taken: bytes
     carried: int = NOTHING
     carried_digest: bytes = b""
+    last: bool = False
 
 
 @dataclass(frozen=True)

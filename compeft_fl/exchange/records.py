@@ -198,6 +198,8 @@ def offer_record(offer: Offer, key: str, kind: str) -> ConfigRecord:
     told = asdict(offer)
     if offer.carried == NOTHING:
         del told["carried"], told["carried_digest"]
+    if not offer.last:
+        del told["last"]
     return ConfigRecord({**told, "key": key, "kind": kind})
 
 
@@ -218,7 +220,7 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
         offer = Offer(**told)
         _check_types(
             offer, federation=str, version=int, digest=bytes, taken=bytes,
-            carried=int, carried_digest=bytes,
+            carried=int, carried_digest=bytes, last=bool,
         )  # fmt: skip
         arrays = content.get(key)
         found = arrays.values() if isinstance(arrays, ArrayRecord) else ()

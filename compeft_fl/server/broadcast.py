@@ -79,6 +79,7 @@ class Broadcaster:
         self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
         self._addressed: dict[int, RecordDict] = {}  # contents of this round, by node id
         self._key = ""
+        self.ending = False  # what goes out now is the last of this federation
 
     def begin(self) -> None:
         """Forget all versions and nodes: another federation begins."""
@@ -304,7 +305,9 @@ class Broadcaster:
         """A message's content with a shipment in the place of its arrays."""
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
-        offer = Offer(self.federation, self._downlink.version, self._downlink.digest, taken)
+        offer = Offer(
+            self.federation, self._downlink.version, self._downlink.digest, taken, last=self.ending
+        )
         if self._carried.apart:
             offer = replace(
                 offer, carried=self._carried.version, carried_digest=self._carried.digest

@@ -159,6 +159,7 @@ def run_rounds(
         if kept.folder is not None:
             broadcaster.base(arrays)
             kept.folder.save(_checkpoint(server_round, arrays, memory, outcomes, result, kept))
+        broadcaster.ending = kept.folder is None and server_round == num_rounds
         _finish_round(
             strategy, outcomes, grid, result, server_round, arrays, evaluate_config, timeout,
             evaluate_fn, keep_replies,
