@@ -81,10 +81,11 @@ def speed(repeats: int) -> list[Row]:
     values = tau.values
     tensor = torch.from_numpy(values)  # type: ignore[arg-type]
     blob = cf.encode(cf.compress(tau, 0.05))
-    copy, ours, compress, back, dense = medians(
+    copy, ours, compress, best, back, dense = medians(
         lambda: values.copy(),  # type: ignore[union-attr]
         lambda: cf.encode(cf.compress(tau, 0.05)),
         lambda: cf.compress(tau, 0.05),
+        lambda: cf.compress(tau, 0.05, support="best"),
         lambda: cf.decode(blob),
         lambda: cf.decode(blob).to_task_vector(),
         repeats=repeats,
@@ -98,6 +99,12 @@ def speed(repeats: int) -> list[Row]:
             target=2.0,
             detail=f"{ours * 1e3:.1f} ms ({compress * 1e3:.1f} of them compress), "
             f"copy {copy * 1e3:.1f} ms",
+        ),
+        Row(
+            "compress with the best support against the fixed one",
+            best / compress,
+            2.0,
+            detail=f"{best * 1e3:.1f} ms",
         ),
         Row(
             "torch.topk alone against compress + encode",
