@@ -398,3 +398,39 @@ def test_more_than_one_part_goes_up_and_down(monkeypatch):
 
 def _nothing(message: Message, context: Context, call_next: Any) -> Message:
     return call_next(message, context)
+
+
+def digits(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    means = np.random.default_rng(0).standard_normal((5, 20))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, number)
+    return means[labels] + 1.5 * rng.standard_normal((number, 20)), labels
+
+
+@pytest.mark.parametrize("kind", ["average", "compressed"])
+def test_logistic_regression_in_float64_learns_as_with_the_stock_strategy(kind):
+    """After quickstart-sklearn: coef_ and intercept_ alone, each node's own data."""
+
+    def scores(state: State, inputs: np.ndarray) -> np.ndarray:
+        return inputs @ state["coef_"].T + state["intercept_"]
+
+    def train(state: State, context: Context) -> State:
+        inputs, labels = digits(context.node_id, 100)
+        state = dict(state)
+        for _ in range(5):
+            each = np.exp(scores(state, inputs))
+            error = each / each.sum(1, keepdims=True) - np.eye(5)[labels]
+            state["coef_"] = state["coef_"] - 0.2 * error.T @ inputs / len(inputs)
+            state["intercept_"] = state["intercept_"] - 0.2 * error.mean(0)
+        return state
+
+    def accuracy(strategy: Any, mod: Any) -> float:
+        start = {"coef_": np.zeros((5, 20)), "intercept_": np.zeros(5)}
+        found, _ = run(strategy, train, start, rounds=8, mod=mod)
+        assert {value.dtype for value in found.values()} == {np.dtype("f8")}
+        inputs, labels = digits(1, 500)
+        return float((scores(found, inputs).argmax(1) == labels).mean())
+
+    stock = accuracy(FedAvg(), _nothing)
+    assert stock > 0.8
+    assert accuracy(STRATEGIES[kind](), CompressionMod()) > stock - 0.02

@@ -31,6 +31,7 @@ from compeft_fl.server.base import Base, conform
 from compeft_fl.server.intake import Reply, num_array_bytes, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, signature
 from compeft_fl.server.outcomes import Outcomes
+from compeft_fl.server.privacy import wrapped
 from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, Replies, SizedArrays
 from compeft_fl.server.streaming_grid import GridAround, StreamingGrid
 
@@ -150,7 +151,7 @@ class Links:
         for carried in self._carried.values():
             average.add(carried)
         return conform(
-            arrays, base, average, exact=not _adds_noise(self.inner), touched=self._touched
+            arrays, base, average, exact=wrapped(self.inner) is self.inner, touched=self._touched
         )
 
     def _signature(self, content: RecordDict) -> Signature:
@@ -304,8 +305,3 @@ def _brought_the_adapter(question: Message | None) -> bool:
 def _check_all_metrics(content: RecordDict) -> None:
     for metrics in metric_records(content).values():
         check_metrics(metrics)
-
-
-def _adds_noise(strategy: Strategy) -> bool:
-    """Is this one of Flower's for differential privacy? What nodes sent must not show behind it."""
-    return any(c.__name__.startswith("DifferentialPrivacy") for c in type(strategy).__mro__)
