@@ -211,7 +211,7 @@ def test_nodes_that_come_back_are_sent_what_they_lack():
 # --- the command --------------------------------------------------------------------------------
 
 
-@pytest.mark.measurements
+@pytest.mark.long
 def test_the_command_writes_tables_and_a_picture(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(codecs, "_QUICK", ("t5-base-ia3",))
     monkeypatch.setattr(codecs, "HEADLINE", "t5-base-ia3")

@@ -72,6 +72,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("width", [1, 2, 17])
 @pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.long
 def test_the_extremes_of_what_can_be_learned(pattern, width, wide):
     """Logits at their ends, weights at their bounds, probabilities of 1 and 65535 in 65536."""
     lines = 600
@@ -84,6 +85,7 @@ def test_the_extremes_of_what_can_be_learned(pattern, width, wide):
     assert width < 17 or len(learned) < 0.3 * lines * width / 8
 
 
+@pytest.mark.long
 def test_weights_reach_their_bounds():
     """Two columns that are always alike: the second alone, and beside the first, pull apart."""
     rng = random.Random(0)
@@ -98,6 +100,7 @@ def test_weights_reach_their_bounds():
     assert max(map(abs, weights)) == 1 << 27, [w / (1 << 24) for w in weights]
 
 
+@pytest.mark.long
 def test_carries_go_through_many_bytes():
     """A writer that keeps all of low, and one that holds back bytes of 255, write the same."""
     rng = random.Random(1)
@@ -255,6 +258,7 @@ def test_a_code_that_ends_elsewhere_in_its_range():
     assert found >= 5
 
 
+@pytest.mark.long
 def test_what_is_accepted_is_what_its_writer_wrote():
     """Each update has one code: any other bytes are rejected, or are another update's code."""
     rng = random.Random(0)

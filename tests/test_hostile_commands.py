@@ -276,6 +276,7 @@ def test_a_large_adapter_of_zeros_is_valid(tmp_path):
     assert main(["inspect", str(file), "--max-parameters", str(FLOOR + 1)]) == 0
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_tensors_are_shown(tmp_path, capsys):
     message = zeros(1, metadata=CONFIG)
     for index in range(100_000):

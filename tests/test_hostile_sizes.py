@@ -194,6 +194,7 @@ def serialised(codec, **options):
 
 
 @pytest.mark.parametrize("codec", codecs.names())
+@pytest.mark.long
 def test_every_flipped_bit_under_a_right_checksum(codec):
     data = serialised(codec, metadata={"k": "v"})
     rng = random.Random(0)

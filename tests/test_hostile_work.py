@@ -96,6 +96,7 @@ def test_max_parameters_opens_what_is_large_and_empty():
     assert cf.decode(seal(valid()), max_parameters=400).num_parameters == 400
 
 
+@pytest.mark.long
 def test_a_density_of_a_thousandth_is_plausible_at_any_size():
     d = 3 * FLOOR
     values = np.zeros(d, np.float32)

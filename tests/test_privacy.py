@@ -166,6 +166,7 @@ def test_every_codec_and_scale_keeps_the_bound(codec, scale, feedback):
     assert all(norm <= bound * (1 + 1e-4) for norm, bound in inner.norms)
 
 
+@pytest.mark.long
 def test_the_residual_still_arrives_in_the_end():
     """Clipping after the residual is added loses nothing of it: it waits."""
     inner, plain = Measures(), Measures()
