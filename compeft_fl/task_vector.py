@@ -73,6 +73,8 @@ class TensorSpec:
 
 def _check_spec(tensor: TensorSpec) -> None:
     """Raise LayoutError for a tensor that no array library could hold."""
+    if not isinstance(tensor.name, str):
+        raise LayoutError(f"expected a tensor's name, found {quoted(tensor.name)}")
     if tensor.dtype not in _DTYPE_NAMES.values():
         raise LayoutError(
             f"expected f32, f16 or bf16, found {quoted(tensor.dtype)} in {quoted(tensor.name)}"

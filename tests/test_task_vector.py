@@ -140,3 +140,8 @@ def test_layouts_compare_by_content():
     assert one != two
     assert one == Layout([TensorSpec("w", (2,))])
     assert len({one, two, Layout([TensorSpec("w", (2,))])}) == 2
+
+
+def test_a_name_is_a_text():
+    with pytest.raises(LayoutError, match="expected a tensor's name, found '1000'"):
+        Layout([TensorSpec(1000, (3,))])
