@@ -237,7 +237,7 @@ def test_odd_metrics_are_set_aside_where_flower_would_stop(values, caplog):
 
 def test_differential_privacy_on_the_client():
     def train(state, context):
-        """Not the tensor of no dimension, which Flower's clipping leaves as it is, over the bound."""
+        """Not the tensor of no dimension, which Flower's clipping does not bound."""
         return tiny.train_step(state, context) | {"scalar": state["scalar"]}
 
     def inner() -> Strategy:
