@@ -15,6 +15,7 @@ from flower_apps import (
     flowertune_llm,
     quickstart_huggingface,
     quickstart_pytorch,
+    quickstart_sklearn,
 )
 from local_grid import LocalGrid
 
@@ -29,6 +30,7 @@ APPS = {
     "advanced-pytorch": advanced_pytorch,
     "flowertune-llm": flowertune_llm,
     "quickstart-huggingface": quickstart_huggingface,
+    "quickstart-sklearn": quickstart_sklearn,
 }
 
 
