@@ -222,6 +222,38 @@ def a_transfer(server_round=1, direction="up", **fields):
     return Transfer(1.5 + server_round, server_round, 11, direction, **(values | fields))
 
 
+def test_what_updates_keep_is_in_the_ledger_and_in_the_mean_of_a_round(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(a_transfer(1, "down"))
+    for cosine, error in ((0.5, 0.75), (0.25, 1.0)):
+        ledger.add(a_transfer(1, cosine=cosine, relative_error=error))
+    ledger.add(a_transfer(2))
+    assert [row.cosine for _, row in read_ledger(ledger.path)] == [None, 0.5, 0.25, None]
+    for found in (ledger, Ledger(tmp_path)):
+        summary = found.summary()
+        assert (summary["cosine"], summary["relative_error"]) == ([0.375, None], [0.875, None])
+
+
+@pytest.mark.parametrize(
+    "figures", [b"", b"\x00\x7e\x00\x00", b"\x00\x40\x00\x00", b"\x00\x38\x00\xbc"]
+)
+def test_figures_of_quality_that_are_none_are_rejected(figures):
+    record = answer_record(Answer(1, quality=(0.5, 0.75)))
+    assert find_answer(RecordDict({EXCHANGE_KEY: record})).quality == (0.5, 0.75)
+    record["q"] = figures
+    with pytest.raises(MalformedError, match="expected an answer"):
+        find_answer(RecordDict({EXCHANGE_KEY: record}))
+
+
+def test_nodes_say_what_their_updates_keep():
+    told = Told()
+    start(ComPEFTAverage(observer=told), grid_of(CompressionMod(density=0.2)))
+    for each in told.of(direction="up", kind="train"):
+        assert 0 < each.cosine < 1
+        assert each.relative_error == pytest.approx((1 - each.cosine**2) ** 0.5, abs=2e-3)
+    assert all(each.cosine is None for each in told.of(kind="evaluate"))
+
+
 def test_a_row_is_there_as_soon_as_it_is_added(tmp_path):
     ledger = Ledger(tmp_path)
     assert not ledger.path.exists()

@@ -12,6 +12,7 @@ server needs a strategy that reads Updates: one of `compeft_fl.strategies`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -61,6 +62,7 @@ from compeft_fl.exchange.uplink import (
     check_decay,
     within,
 )
+from compeft_fl.quality import Quality
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, decode_parts, encode_parts, inspect
@@ -229,12 +231,14 @@ class CompressionMod:
         if reply.has_error():
             memory.save(memory.state.following(replica, apart))
             return reply
-        encoding, sent = _Watch(), NO_UPDATE
+        encoding, sent, quality = _Watch(), NO_UPDATE, None
         if msg.metadata.message_type.partition(".")[0] == "evaluate":
             _leave_arrays_out(reply)
         if trains and array_records(reply.content):
             with encoding:
-                state = self._compress_outgoing(received, reply, state, offer.version, privacy)
+                state, quality = self._compress_outgoing(
+                    received, reply, state, offer.version, privacy
+                )
             sent = state.trained
         if offer.last and not trains:  # training again may need what it keeps
             memory.forget()
@@ -243,7 +247,9 @@ class CompressionMod:
             kept, carried = replica.version, _carried_version(state)
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
-        answer = answer_record(Answer(kept, sent, seconds=seconds, carried=carried))
+        figures = None if quality is None else (quality.cosine, quality.relative_error)
+        told = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures)
+        answer = answer_record(told)
         reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
         return reply
 
@@ -263,7 +269,7 @@ class CompressionMod:
                 "the server sent ordinary arrays, as a stock strategy does, which cannot read the "
                 "Updates that this node answers with: wrap it in compeft_fl.strategies.Compressed"
             )
-        state = self._compress_outgoing(received, reply, memory.state, received.version, privacy)
+        state, _ = self._compress_outgoing(received, reply, memory.state, received.version, privacy)
         if not self._sends_dense and self.error_feedback:
             # Nobody says later whether it was taken: suppose that it was.
             memory.save(replace(state, residual=state.next_residual, next_residual=None))
@@ -271,11 +277,11 @@ class CompressionMod:
 
     def _compress_outgoing(
         self, received: Received, reply: Message, state: NodeState, version: int, privacy: Privacy
-    ) -> NodeState:
+    ) -> tuple[NodeState, Quality | None]:
         """Replace the trained arrays by the Update that they are; the state with what is left."""
         changes = changes_in(reply, received, self.tensors)
         self._say_left(changes.left)
-        tau, residual = changes.tau, None
+        tau, residual, quality = changes.tau, None, None
         bound = privacy.left_for(changes.carried_norm)
         if self._sends_dense:
             codec = codecs.get(self.codec)
@@ -295,6 +301,8 @@ class CompressionMod:
             update = feedback.compress(tau, bound)
             parts = self._encode(update, version)
             residual = feedback.residual
+            if math.isinf(bound):  # figures of what was not made private are not for others
+                quality = feedback.quality
             _log_pressure(feedback)
         else:
             update = compress(tau, self.density, self.scale, self.support)
@@ -307,7 +315,8 @@ class CompressionMod:
         LOGGER.debug(
             "CompressionMod: %d parameters, %d bytes", tau.num_parameters, sum(map(len, parts))
         )
-        return replace(state, layout=tau.layout).after_training(update_id(parts), residual)
+        state = replace(state, layout=tau.layout).after_training(update_id(parts), residual)
+        return state, quality
 
     def _encode(self, update: Update, version: int) -> list[bytes]:
         return encode_parts(

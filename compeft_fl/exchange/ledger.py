@@ -22,8 +22,10 @@
   encoded once a version, not once a node: the first row that carries it has the seconds.
 - ``decode_seconds``: of a reply, on the server.
 - ``node_decode_seconds``: of a reply: how long the node took to decode the message that it answers.
+- ``cosine``, ``relative_error``: of a reply with an Update: how much the node says that it keeps of
+  what was compressed, the task vector and the residual.
 
-Times of nodes come with their replies, to three digits, in 13 bytes.
+Times of nodes come with their replies, to three digits, in 13 bytes; so do these two.
 
 A full disk costs rows, and not the run; the sums have all messages. On resuming, a row that is
 damaged is passed over, and a file that is no ledger is put aside.
@@ -63,6 +65,8 @@ class Transfer:
     encode_seconds: float | None = None
     decode_seconds: float | None = None
     node_decode_seconds: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
 
 
 _SUMMED: Final = (
@@ -87,6 +91,10 @@ class RoundTotals:
     encode_seconds, decode_seconds, node_decode_seconds : float
     started, ended : float
         Times of the first of them and of the last.
+    compared : int
+        How many said of their update what it keeps.
+    cosine, relative_error : float
+        What these said, summed.
     """
 
     messages: int = 0
@@ -98,6 +106,9 @@ class RoundTotals:
     node_decode_seconds: float = 0.0
     started: float = 0.0
     ended: float = 0.0
+    compared: int = 0
+    cosine: float = 0.0
+    relative_error: float = 0.0
 
     def add(self, transfer: Transfer) -> None:
         """Count a message."""
@@ -106,6 +117,10 @@ class RoundTotals:
         self.messages += 1
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + (getattr(transfer, name) or 0))
+        if transfer.cosine is not None and transfer.relative_error is not None:
+            self.compared += 1
+            self.cosine += transfer.cosine
+            self.relative_error += transfer.relative_error
 
 
 class Ledger:
@@ -164,6 +179,12 @@ class Ledger:
                 found[f"{way}_{name}"] = [
                     round(value, 6) if isinstance(value, float) else value for value in values
                 ]
+        up = [self.totals.get((r, "up"), RoundTotals()) for r in range(1, last + 1)]
+        for name in ("cosine", "relative_error"):  # the mean of the round's updates
+            found[name] = [
+                round(getattr(each, name) / each.compared, 4) if each.compared else None
+                for each in up
+            ]
         both = [
             [self.totals[each] for each in ((r, "down"), (r, "up")) if each in self.totals]
             for r in range(1, last + 1)
@@ -241,6 +262,8 @@ def _transfer_of(row: dict[str, str]) -> Transfer:
         encode_seconds=_seconds(row["encode_seconds"]),
         decode_seconds=_seconds(row["decode_seconds"]),
         node_decode_seconds=_seconds(row["node_decode_seconds"]),
+        cosine=_seconds(row["cosine"]),
+        relative_error=_seconds(row["relative_error"]),
     )
 
 

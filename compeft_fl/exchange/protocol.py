@@ -90,6 +90,8 @@ class Answer:
         What decoding the message took, and compressing and encoding the reply.
     carried : int
         The version that it has kept of the tensors beside the task vector; `NOTHING`: none.
+    quality : (float, float), optional
+        Cosine and relative error of the update, against what the node has compressed.
     """
 
     version: int
@@ -98,6 +100,7 @@ class Answer:
     resync: str = ""
     seconds: tuple[float, float] | None = None
     carried: int = NOTHING
+    quality: tuple[float, float] | None = None
 
 
 def follow(

@@ -62,6 +62,7 @@ _UPDATE_KEY = "update"
 
 # A node's seconds: two half-precision floats, in 13 bytes with their key and protobuf's tags.
 _SECONDS_KEY = "t"
+_QUALITY_KEY = "q"
 _SECONDS = struct.Struct("<2e")
 _LONGEST_SECONDS = 65504.0
 
@@ -243,6 +244,9 @@ def answer_record(answer: Answer) -> ConfigRecord:
     if answer.seconds is not None:
         times = (min(seconds, _LONGEST_SECONDS) for seconds in answer.seconds)
         record[_SECONDS_KEY] = _SECONDS.pack(*times)
+    if answer.quality is not None:
+        cosine, error = answer.quality
+        record[_QUALITY_KEY] = _SECONDS.pack(cosine, min(error, _LONGEST_SECONDS))
     return record
 
 
@@ -260,7 +264,12 @@ def find_answer(content: RecordDict) -> Answer | None:
     try:
         told: dict[str, Any] = dict(record)
         times = told.pop(_SECONDS_KEY, None)
-        answer = Answer(**told, seconds=None if times is None else _unpacked(times))
+        figures = told.pop(_QUALITY_KEY, None)
+        answer = Answer(
+            **told,
+            seconds=None if times is None else _unpacked(times),
+            quality=None if figures is None else _quality(figures),
+        )
         _check_types(answer, version=int, update=bytes, taken=bytes, resync=str, carried=int)
     except (TypeError, struct.error) as error:
         raise MalformedError(
@@ -277,6 +286,14 @@ def _unpacked(times: Any) -> tuple[float, float]:
     if not (math.isfinite(decoding + encoding) and min(decoding, encoding) >= 0):
         raise TypeError(f"{_SECONDS_KEY} holds {decoding} and {encoding}")
     return decoding, encoding
+
+
+def _quality(figures: Any) -> tuple[float, float]:
+    """Cosine and relative error of an update."""
+    cosine, error = _SECONDS.unpack(figures)
+    if not (-1 <= cosine <= 1 and 0 <= error < math.inf):
+        raise TypeError(f"{_QUALITY_KEY} holds {cosine} and {error}")
+    return cosine, error
 
 
 def _check_types(message: Any, **types: type) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.quality import Quality
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 
@@ -54,6 +55,8 @@ class ErrorFeedback:
         few units where the method works. Where it grows from round to round, more comes in than
         goes out, the run is at risk, and a higher density, a lower decay, or a smaller local
         learning rate is asked for; `AT_RISK` is where the logs begin to warn.
+    quality : Quality or None
+        Of what was sent, against tau + decay * residual, after each `compress`.
 
     Notes
     -----
@@ -81,6 +84,7 @@ class ErrorFeedback:
         self.density, self.scale, self.residual = density, scale, residual
         self.support, self.decay = support, decay
         self.pressure = 0.0
+        self.quality: Quality | None = None
 
     def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector:
         """C(tau + decay * residual), of which the residual is then what is left.
@@ -122,6 +126,7 @@ class ErrorFeedback:
                 rest = torch.from_numpy(self.residual).to(values.device)
             total = TaskVector(tau.layout, values + float(self.decay) * rest)
         sent = within(compress(total, self.density, self.scale, self.support), bound)
+        self.quality = Quality.of_compressed(total, sent)
         self.residual = _difference(total, sent)
         length = _norm(tau.values)
         self.pressure = _norm(self.residual) / length if length else 0.0

@@ -134,13 +134,18 @@ def table(summary: Mapping[str, Any]) -> Table:
         caption_justify="left",
         show_footer=True,
     )
-    headers = ("round", "accuracy", "loss", "sent up", "of dense", "sent down", "of dense")
+    headers = ["round", "accuracy", "loss", "sent up", "of dense", "sent down", "of dense"]
     sums = [
         summary[f"{way}_{kind}_bytes"]
         for way in ("uplink", "downlink")
         for kind in ("payload", "dense")
     ]
-    footers = ("all", "", "", *_sent(*map(sum, sums)))
+    footers = ["all", "", "", *_sent(*map(sum, sums))]
+    ledger = summary.get("ledger") or {}
+    kept = [ledger.get(name, []) for name in ("cosine", "relative_error")]
+    if any(value is not None for values in kept for value in values):
+        # How much of what the nodes have compressed their updates keep, in the mean.
+        headers, footers = [*headers, "cosine", "error"], [*footers, "", ""]
     for header, footer in zip(headers, footers, strict=True):
         found.add_column(header, footer, justify="right")
     scores = zip(summary["accuracy"], summary["loss"], strict=True)
@@ -150,6 +155,7 @@ def table(summary: Mapping[str, Any]) -> Table:
             percent(accuracy),
             "-" if loss is None else f"{loss:.3f}",
             *(_sent(*(column[index - 1] for column in sums)) if index else ()),
+            *(_figure(values, index - 1) for values in kept if index and "cosine" in headers),
         )
     return found
 
@@ -157,6 +163,11 @@ def table(summary: Mapping[str, Any]) -> Table:
 def _sent(up: int, dense_up: int, down: int, dense_down: int) -> tuple[str, str, str, str]:
     """Return the cells of bytes up and down, each with its part of the dense ones."""
     return size(up), _part(up, dense_up), size(down), _part(down, dense_down)
+
+
+def _figure(values: Sequence[float | None], index: int) -> str:
+    value = values[index] if index < len(values) else None
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _part(sent: float, dense: float) -> str:

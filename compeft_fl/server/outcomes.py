@@ -284,6 +284,7 @@ class Outcomes:
             reply.num_bytes,
             seconds,
             reply.answer.seconds if reply.answer is not None else None,
+            reply.answer.quality if reply.answer is not None else None,
         )
 
     def _settles(self, reply: Reply) -> bool:

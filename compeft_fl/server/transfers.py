@@ -92,6 +92,7 @@ class Transfers:
         payload_bytes: int,
         decode_seconds: float | None = None,
         node_seconds: tuple[float, float] | None = None,
+        quality: tuple[float, float] | None = None,
     ) -> None:
         """Tell of a reply that has been read.
 
@@ -106,6 +107,8 @@ class Transfers:
         decode_seconds : float, optional
         node_seconds : (float, float), optional
             What the node says that decoding and encoding took there.
+        quality : (float, float), optional
+            Cosine and relative error of its update, as the node says.
         """
         if self._observer is None:
             return
@@ -115,6 +118,7 @@ class Transfers:
             came = message.metadata.src_node_id == node_id
             size = MessageSizes().of(message) if came else 0
         decoding, encoding = node_seconds or (None, None)
+        cosine, error = quality or (None, None)
         parameters = parameters if payload_bytes else 0
         self._observer.on_transfer(
             Transfer(
@@ -130,5 +134,7 @@ class Transfers:
                 encoding if payload_bytes else None,
                 decode_seconds if payload_bytes else None,
                 decoding,
+                cosine,
+                error,
             )
         )
