@@ -216,7 +216,7 @@ def test_the_table_says_what_updates_keep_where_nodes_said_it():
         return console.file.getvalue()
 
     text = shown(cosine=[0.875, None], relative_error=[0.484, None])
-    assert re.search(r"cosine │ +error", text)
+    assert re.search(r"cosine ┃ +error", text)
     assert re.search(r"│ +0\.875 │ +0\.484", text)
     assert "cosine" not in shown(cosine=[None, None], relative_error=[None, None])
     assert "cosine" not in shown()
