@@ -55,13 +55,7 @@ from compeft_fl.exchange.records import (
     update_record,
 )
 from compeft_fl.exchange.replica import Shipment
-from compeft_fl.exchange.uplink import (
-    AT_RISK,
-    RESIDUAL_DECAY,
-    ErrorFeedback,
-    check_decay,
-    within,
-)
+from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay, within
 from compeft_fl.quality import Quality
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.tensor_policy import TensorPolicy
@@ -249,8 +243,7 @@ class CompressionMod:
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
         figures = None if quality is None else (quality.cosine, quality.relative_error)
         told = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures)
-        answer = answer_record(told)
-        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer})
+        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer_record(told)})
         return reply
 
     def _without_offer(
