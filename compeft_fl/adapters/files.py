@@ -44,7 +44,7 @@ __all__ = ["StoredUpdate", "read_update", "restore", "write_update"]
 
 PARTS_MAGIC: Final = b"COMPEFT\n"
 CARRIED_MAGIC: Final = b"COMPEFT+"
-_DENSE_PART_BYTES: Final = 16 << 20  # of dense values, so that a large update is written in pieces
+_DENSE_PART_BYTES: Final = 4 << 20  # of dense values, so that a large update is written in pieces
 
 
 @dataclass(frozen=True)
