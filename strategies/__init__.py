@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
 from compeft_fl.server.downlink_options import DownlinkOptions
-from compeft_fl.server.observer import RoundCount, RoundCounts, RoundObserver, TransferObserver
+from compeft_fl.server.observer import (
+    BoundsObserver,
+    RoundCount,
+    RoundCounts,
+    RoundObserver,
+    TransferObserver,
+)
 from compeft_fl.server.rounds import Checkpointing
 from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
@@ -16,6 +23,7 @@ from compeft_fl.strategies.task_arithmetic import ComPEFTTaskArithmetic
 from compeft_fl.strategies.ties import ComPEFTTies
 
 __all__ = [
+    "BoundsObserver",
     "Checkpoint",
     "CheckpointFolder",
     "Checkpointing",
@@ -25,6 +33,7 @@ __all__ = [
     "ComPEFTTies",
     "Compressed",
     "DownlinkOptions",
+    "ReplyBounds",
     "ReplyStream",
     "RoundCount",
     "RoundCounts",

@@ -16,6 +16,7 @@ from compeft_fl.exchange.records import LOGGER, find_carried
 from compeft_fl.merging.accumulators import Accumulator
 from compeft_fl.merging.carried import CarriedAverage
 from compeft_fl.server.base import Base
+from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.intake import Reply, describe, update_of, weight_of
@@ -78,6 +79,10 @@ class ComPEFTStrategy(FedAvg):
         Patterns of names, for whole models: what is trained, and compressed; what is carried as it
         is, and averaged; what is left to the nodes (personal layers). Default: by data type and
         name, see `compeft_fl.tensor_policy.TensorPolicy`; the nodes are told.
+    robustness : SignAgreementFilter, optional
+        Sets replies aside that point away from most. Default: none is, but by the bounds.
+    bounds : ReplyBounds, optional
+        What a single reply can do, relative to the median reply. Default: ``ReplyBounds()``.
     **options
         FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
         weighted mean; functions of your own get the MetricRecords only).
@@ -95,10 +100,12 @@ class ComPEFTStrategy(FedAvg):
         downlink: DownlinkOptions | None = None,
         robustness: SignAgreementFilter | None = None,
         tensors: TensorPolicy | Mapping[str, str] | None = None,
+        bounds: ReplyBounds | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
         self.robustness = robustness
+        self.bounds = ReplyBounds() if bounds is None else bounds
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         self._own_metrics = {
             "train": options.get("train_metrics_aggr_fn") is not None,
@@ -131,6 +138,7 @@ class ComPEFTStrategy(FedAvg):
         LOGGER.info("\t├──> %s", self.describe())
         if self.robustness is not None:
             LOGGER.info("\t├──> %s", self.robustness.describe())
+        LOGGER.info("\t├──> %s", self.bounds.describe())
         super().summary()
 
     def start(
@@ -158,17 +166,19 @@ class ComPEFTStrategy(FedAvg):
         flwr.serverapp.strategy.Result
             Its arrays have one Array per tensor, of the initial order and data types.
         """
+        self.bounds.restore({})
         return run_rounds(
             self, self, self._outcomes, grid, initial_arrays, *args,
             checkpointing=checkpointing, keep_replies=self._is_extended(), **kwargs,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the strategy itself: nothing, for these rules."""
-        return {}
+        """What a checkpoint keeps of the strategy itself: what its bounds are relative to."""
+        return {"bounds": self.bounds.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
+        self.bounds.restore(state.get("bounds", {}))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -204,7 +214,8 @@ class ComPEFTStrategy(FedAvg):
             tell_similarities(rule, server_round, similarities, self.observer)
 
         candidates = self._outcomes.read("train", server_round, replies, read)
-        for reply, found in screened(self.robustness, base.layout, candidates, tell):
+        kept = screened(self.robustness, base.layout, candidates, tell)
+        for reply, found in self.bounds.within(server_round, kept, self.observer):
             try:
                 if found.reason is not None:
                     raise CompeftError(found.reason)
@@ -214,7 +225,7 @@ class ComPEFTStrategy(FedAvg):
             except CompeftError as error:
                 self._outcomes.set_aside(reply, describe(error))
             else:
-                self._add_metrics(metrics, reply)
+                self._add_metrics(metrics, reply, found.weight)
                 self._outcomes.take(reply)
             del reply, found  # before the next one is pulled
         self._outcomes.log()
@@ -280,9 +291,15 @@ class ComPEFTStrategy(FedAvg):
         function = self.train_metrics_aggr_fn if kind == "train" else self.evaluate_metrics_aggr_fn
         return Metrics(function, self.weighted_by_key, foldable=not self._own_metrics[kind])
 
-    def _add_metrics(self, metrics: Metrics, reply: Reply) -> None:
-        """A client whose metrics are no use still has a say in the merge."""
-        key, record, _ = weight_of(reply.message.content, self.weighted_by_key)
+    def _add_metrics(self, metrics: Metrics, reply: Reply, counted: float | None = None) -> None:
+        """A client whose metrics are no use still has a say in the merge.
+
+        They have the weight that its update has; ``counted`` is the latter's in the merge.
+        """
+        key, record, weight = weight_of(reply.message.content, self.weighted_by_key)
+        if counted is not None and counted < self.merging_weight(weight):
+            share = counted / self.merging_weight(weight)
+            record = MetricRecord({**record, self.weighted_by_key: weight * share})
         try:
             metrics.add(key, record)
         except CompeftError as error:

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from compeft_fl.client.node_memory import forget_federation
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER
+from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.inner_state import InnerState
@@ -52,6 +53,8 @@ class Compressed(Strategy):
     tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
         As `ComPEFTStrategy`. What the inner strategy makes of carried tensors is kept within what
         nodes sent; of those that are left, it is not kept.
+    bounds : ReplyBounds, optional
+        What a single reply can do, see `Links`.
 
     Raises
     ------
@@ -71,6 +74,7 @@ class Compressed(Strategy):
         observer: RoundObserver | None = None,
         downlink: DownlinkOptions | None = None,
         tensors: TensorPolicy | Mapping[str, str] | None = None,
+        bounds: ReplyBounds | None = None,
     ) -> None:
         from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 
@@ -86,7 +90,7 @@ class Compressed(Strategy):
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
         self._outcomes = Outcomes(self.observer, self._broadcaster)
-        self._links = Links(inner, self._outcomes)
+        self._links = Links(inner, self._outcomes, bounds)
         self._arrays: ArrayRecord | None = None
         self.inner = inner  # last: from now on, what it has is set there
 
@@ -108,6 +112,7 @@ class Compressed(Strategy):
         """Log the strategy's settings."""
         check_outermost(self)
         LOGGER.info("\t├──> Compressed links around %s:", type(self.inner).__name__)
+        LOGGER.info("\t├──> %s", self._links.bounds.describe())
         self.inner.summary()
 
     def start(
@@ -126,6 +131,7 @@ class Compressed(Strategy):
             Checkpointing, where the inner strategy has a ``start`` of its own.
         """
         self._arrays = None
+        self._links.bounds.restore({})
         if type(self.inner).start is not Strategy.start:
             if checkpointing is not None:
                 raise ParameterError(
@@ -134,8 +140,8 @@ class Compressed(Strategy):
                 )
             return self._inner_start(grid, initial_arrays, *args, **kwargs)
         return run_rounds(
-            self, InnerState(self.inner), self._outcomes, grid, initial_arrays, *args,
-            checkpointing=checkpointing, **kwargs,
+            self, InnerState(self.inner, self._links.bounds), self._outcomes, grid, initial_arrays,
+            *args, checkpointing=checkpointing, **kwargs,
         )  # fmt: skip
 
     def _inner_start(self, grid: Grid, initial: ArrayRecord, *args: Any, **kwargs: Any) -> Result:

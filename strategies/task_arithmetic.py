@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Unpack
 
 from compeft_fl.merging.accumulators import Accumulator, TaskArithmetic
+from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.robustness import SignAgreementFilter
 from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
@@ -39,10 +40,11 @@ class ComPEFTTaskArithmetic(ComPEFTStrategy):
         scaling: float | None = None,
         observer: RoundObserver | None = None,
         robustness: SignAgreementFilter | None = None,
+        bounds: ReplyBounds | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         self._method = TaskArithmetic(scaling)
-        super().__init__(observer=observer, robustness=robustness, **options)
+        super().__init__(observer=observer, robustness=robustness, bounds=bounds, **options)
 
     def accumulator(self, layout: Layout) -> Accumulator:
         """See `ComPEFTStrategy.accumulator`."""

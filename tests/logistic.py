@@ -53,23 +53,28 @@ class Problem:
         inputs, labels = self.test
         return float(((inputs @ weight + bias).argmax(1) == labels).mean())
 
+    def trained(self, state: dict[str, np.ndarray], node: int) -> dict[str, np.ndarray]:
+        """What a node makes of an adapter: five steps on all of its rows."""
+        inputs, labels = self.parts[node]
+        weight, bias = state["weight"].copy(), state["bias"].copy()
+        for _ in range(5):
+            logits = inputs @ weight + bias
+            chances = np.exp(logits - logits.max(1, keepdims=True))
+            chances /= chances.sum(1, keepdims=True)
+            chances[np.arange(len(labels)), labels] -= 1
+            weight -= self.rate * (inputs.T @ chances / len(labels) + 1e-3 * weight)
+            bias -= self.rate * chances.mean(0)
+        return {"weight": weight, "bias": bias}
+
     def client_app(self) -> ClientApp:
         app = ClientApp(mods=[CompressionMod(density=0.1)])
 
         @app.train()
         def _train(message: Message, context: Context) -> Message:
-            inputs, labels = self.parts[int(context.node_config["partition-id"])]
-            weight, bias = (array.numpy() for array in message.content["arrays"].values())
-            weight, bias = weight.copy(), bias.copy()
-            for _ in range(5):
-                logits = inputs @ weight + bias
-                chances = np.exp(logits - logits.max(1, keepdims=True))
-                chances /= chances.sum(1, keepdims=True)
-                chances[np.arange(len(labels)), labels] -= 1
-                weight -= self.rate * (inputs.T @ chances / len(labels) + 1e-3 * weight)
-                bias -= self.rate * chances.mean(0)
-            arrays = {"weight": Array(weight), "bias": Array(bias)}
-            metrics = MetricRecord({"num-examples": len(labels)})
+            node = int(context.node_config["partition-id"])
+            state = {name: array.numpy() for name, array in message.content["arrays"].items()}
+            arrays = {name: Array(value) for name, value in self.trained(state, node).items()}
+            metrics = MetricRecord({"num-examples": len(self.parts[node][1])})
             content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
             return Message(content, reply_to=message)
 
@@ -86,7 +91,11 @@ class Problem:
             if attack is None or node not in nodes[len(nodes) - hostile :]:
                 return [reply]
             layout = Layout.of(self.start)
-            return [forged(reply, layout, lambda update: attack(update, rng))]
+            reply = forged(reply, layout, lambda update: attack(update, rng))
+            weight = getattr(attack, "weight", None)
+            if weight is not None and "metrics" in reply.content:
+                reply.content["metrics"]["num-examples"] = weight
+            return [reply]
 
         arrays = ArrayRecord({name: Array(value) for name, value in self.start.items()})
         grid = LocalGrid(self.client_app(), len(self.parts), fault=fault)
@@ -141,3 +150,77 @@ def huge(update: TernaryVector, rng: np.random.Generator) -> TernaryVector:
 
 
 ATTACKS: dict[str, Attack] = {"flipped": flipped, "noise": noise, "huge": huge}
+
+
+# Of one node of ten, with any finite values and the largest weight. Scales are without bounds: what
+# counts of them is what the server makes of them.
+
+
+class Hostile:
+    """An attack that claims ``weight`` examples, and may remember what it has done."""
+
+    def __init__(self, change: Attack, weight: float = 1e12) -> None:
+        self._change, self.weight = change, weight
+
+    def __call__(
+        self, update: TernaryVector, rng: np.random.Generator
+    ) -> TernaryVector | TaskVector:
+        return self._change(update, rng)
+
+
+def _flipped(update: TernaryVector, rng: np.random.Generator) -> TernaryVector:
+    return TernaryVector(update.layout, update.negative, update.positive, 1e30)
+
+
+def _one_way(update: TernaryVector, rng: np.random.Generator) -> TaskVector:
+    """Always the same way, with all its might."""
+    values = np.random.default_rng(7).choice([-1.0, 1.0], update.num_parameters)
+    return TaskVector(update.layout, (3.4e38 * values).astype(np.float32))
+
+
+def _tenth(update: TernaryVector, rng: np.random.Generator) -> TaskVector:
+    """Honest signs in nine tenths, tiny; all of its norm against them in the others."""
+    values = update.to_task_vector().values.copy()
+    moved = np.flatnonzero(values)
+    hidden = rng.choice(moved, max(1, len(moved) // 10), replace=False)
+    tiny = values * np.float32(1e-6)
+    tiny[hidden] = -values[hidden] * np.float32(len(moved) / len(hidden))
+    return TaskVector(update.layout, tiny)
+
+
+def _nothing(update: TernaryVector, rng: np.random.Generator) -> TaskVector:
+    """Nothing at all, with all the weight."""
+    return TaskVector(update.layout, np.zeros(update.num_parameters, np.float32))
+
+
+def _noise(update: TernaryVector, rng: np.random.Generator) -> TernaryVector:
+    return noise(update, rng).with_scales(1e30)
+
+
+def _just_below(update: TernaryVector, rng: np.random.Generator) -> TernaryVector:
+    """Against what was learned, a little longer than honest ones, and no absurd weight."""
+    return TernaryVector(update.layout, update.negative, update.positive, 2 * update.scales)
+
+
+def _class(update: TernaryVector, rng: np.random.Generator) -> TaskVector:
+    """All rows to the first class."""
+    values = np.zeros(update.num_parameters, np.float32)
+    at = 0
+    for tensor in update.layout.tensors:
+        part = values[at : at + tensor.size].reshape(tensor.shape)
+        if len(tensor.shape) == 1:
+            part[0] = 1e30
+        at += tensor.size
+    return TaskVector(update.layout, values)
+
+
+FINITE_ATTACKS: dict[str, Hostile] = {
+    "huge": Hostile(lambda update, rng: update.with_scales(3.4e38)),
+    "flipped": Hostile(_flipped),
+    "one way": Hostile(_one_way),
+    "a tenth flipped": Hostile(_tenth),
+    "nothing": Hostile(_nothing),
+    "noise": Hostile(_noise),
+    "just below": Hostile(_just_below, weight=400),
+    "one class": Hostile(_class),
+}

@@ -69,16 +69,39 @@ def test_a_name_and_the_length_of_lists_are_what_must_agree():
 @pytest.mark.parametrize(
     "record",
     [
-        {"n": 1, "loss": float("nan")},
-        {"n": 1, "losses": [1.0, float("inf")]},
-        {"n": 1, "history": [0.0] * 9000},
+        {"n": 3, "loss": float("nan"), "f1": [1.0, 2.0]},
+        {"n": 3, "loss": float("-inf"), "f1": [1.0, 2.0]},
+        {"n": 3, "loss": 1.7e308, "f1": [1.0, 2.0]},
     ],
 )
-def test_what_would_spoil_the_mean_is_rejected(record):
+def test_a_nan_costs_that_metric_and_no_other(record):
+    others = [{"n": 1, "loss": 1.0, "f1": [3.0, 0.0]}, {"n": 4, "loss": 2.0, "f1": [1.0, 1.0]}]
+    for order in ([*others, record], [record, *others]):
+        result = collect(order).result()
+        assert result["loss"] == pytest.approx((1 * 1.0 + 4 * 2.0) / 5)
+        assert result["f1"] == pytest.approx([(3 + 4 + 3) / 8, (0 + 4 + 6) / 8])
+
+
+def test_a_nan_in_a_list_costs_that_list():
+    record = {"n": 3, "f1": [float("nan"), 2.0]}
+    result = collect([{"n": 1, "f1": [1.0, 0.0]}, record, {"n": 1, "f1": [3.0, 4.0]}]).result()
+    assert result["f1"] == pytest.approx([2.0, 2.0])
+
+
+def test_metrics_that_are_all_nan_are_left_out():
+    assert collect([{"n": 1, "loss": float("nan")}] * 3).result() is None
+
+
+def test_too_large_a_record_is_rejected():
     metrics = collect([{"n": 1, "loss": 1.0}])
     with pytest.raises(ParameterError):
-        metrics.add("m", MetricRecord(record))
-    assert dict(metrics.result()) == {"loss": 1.0}
+        metrics.add("m", MetricRecord({"n": 1, "history": [0.0] * 9000}))
+    nan = MetricRecord({"n": 1, "loss": float("nan")})
+    for _ in range(64):
+        metrics.add("m", nan)
+    with pytest.raises(ParameterError, match="at most 64"):
+        metrics.add("m", nan)
+    assert metrics.result()["loss"] == pytest.approx(1.0)
 
 
 def test_the_kinds_of_metrics_are_limited():

@@ -174,6 +174,9 @@ class SignMajority:
     def compare(self, update: TernaryVector | TaskVector, *, voted: bool = True) -> Agreement:
         """An update's signs against the direction of the others.
 
+        Where its entries differ in size, each also counts as much as its size, and what says less
+        agreement holds: honest signs in many tiny entries hide no few large ones.
+
         Parameters
         ----------
         update : TernaryVector or TaskVector
@@ -197,15 +200,19 @@ class SignMajority:
         if voted:
             # Without this update's own +, the others' lead is one less: a lead of one is gone, and
             # where there was none they are for -.
-            agree = _count(up & far_plus) + _count(down & far_minus)
-            oppose = _count(up & ~plus) + _count(down & ~minus)
+            with_it = (up & far_plus) | (down & far_minus)
+            against = (up & ~plus) | (down & ~minus)
             even = _count((up | down) & ~(plus | minus))
             decided += even - _count(up & plus & ~far_plus) - _count(down & minus & ~far_minus)
         else:
-            agree = _count(up & plus) + _count(down & minus)
-            oppose = _count(up & minus) + _count(down & plus)
+            with_it = (up & plus) | (down & minus)
+            against = (up & minus) | (down & plus)
         norms = math.sqrt(float(_count(up | down)) * float(decided))
-        return Agreement(agree, oppose, norms)
+        by_signs = Agreement(_count(with_it), _count(against), norms)
+        if isinstance(update, TernaryVector) and update.scales.size == 1:
+            return by_signs
+        by_size = _by_size(update, with_it, against, decided)
+        return min(by_signs, by_size, key=lambda each: each.cosine)
 
     def _signs(self, update: TernaryVector | TaskVector) -> TernaryVector:
         if update.layout != self.layout:
@@ -222,6 +229,28 @@ class SignMajority:
             self._num_decided = _count(plus[0] | minus[0])
             self._leads = (*plus, *minus)
         return self._leads
+
+
+def _by_size(
+    update: TernaryVector | TaskVector, with_it: Words, against: Words, decided: int
+) -> Agreement:
+    """Agreement by magnitudes, on the scale of as many entries of one size as they are worth."""
+    dense: Any = update.to_task_vector().values
+    values = np.abs(dense.cpu().numpy() if is_torch(dense) else dense).astype(np.float64)
+    largest = values.max(initial=0.0)
+    if not largest > 0:
+        return Agreement()
+    values /= largest  # whose squares are numbers, then
+    total, squares = values.sum(), np.square(values).sum()
+    worth = total * total / squares  # 1 for one large entry, all of them for equal ones
+    shares = (float(values[_unpacked(mask, values.size)].sum()) for mask in (with_it, against))
+    agree, oppose = (worth * share / total for share in shares)
+    return Agreement(agree, oppose, math.sqrt(worth * decided))
+
+
+def _unpacked(mask: Words, size: int) -> NDArray[np.bool_]:
+    """A mask of words as booleans."""
+    return np.unpackbits(mask.view(np.uint8), count=size, bitorder="little").view(np.bool_)
 
 
 def _count(mask: Words) -> int:

@@ -30,6 +30,7 @@ PROGRESS_FILE: Final = "progress.jsonl"
 Scalar = bool | int | float | str
 
 _BYTES_PER_PARAMETER: Final = 4  # of the dense comparison: float32
+_MOST: Final = 1e24  # no measurement is beyond; a mean with such a value says nothing
 
 
 @dataclass
@@ -183,7 +184,9 @@ class Journal:
         numbers = {
             name: value
             for name, value in (metrics or {}).items()
-            if name in ("loss", "seconds", "accuracy") and isinstance(value, int | float)
+            if name in ("loss", "seconds", "accuracy")
+            and isinstance(value, int | float)
+            and abs(value) <= _MOST  # which NaN is not
         }
         if reason is not None:
             record.set_aside += kind == "train"
@@ -197,6 +200,11 @@ class Journal:
         self._write(
             "reply", round=server_round, kind=kind, node=node_id, bytes=num_bytes, **numbers
         )
+
+    def on_bounds(self, server_round: int, bounded: Mapping[int, str]) -> None:
+        """See `compeft_fl.strategies.BoundsObserver.on_bounds`."""
+        for node_id, how in bounded.items():
+            self._write("bounded", round=server_round, node=node_id, how=how)
 
     def on_transfer(self, transfer: Transfer) -> None:
         """See `compeft_fl.strategies.TransferObserver.on_transfer`."""

@@ -10,8 +10,11 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from compeft_fl.exchange.records import to_arrays, to_state
+from compeft_fl.server.bounds import ReplyBounds
 
 __all__ = ["InnerState", "restore_state", "state_of"]
+
+_BOUNDS_KEY = "compeft_fl.bounds"  # no attribute has such a name
 
 
 class InnerState:
@@ -20,18 +23,22 @@ class InnerState:
     Parameters
     ----------
     strategy : flwr.serverapp.strategy.Strategy
+    bounds : ReplyBounds
+        Are kept beside it.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
+    def __init__(self, strategy: Strategy, bounds: ReplyBounds) -> None:
+        self._strategy, self._bounds = strategy, bounds
 
     def state(self) -> dict[str, Any]:
         """See `state_of`."""
-        return state_of(self._strategy)
+        return {**state_of(self._strategy), _BOUNDS_KEY: self._bounds.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-        restore_state(self._strategy, state)
+        others = dict(state)
+        self._bounds.restore(others.pop(_BOUNDS_KEY, {}))
+        restore_state(self._strategy, others)
 
 
 def state_of(strategy: Strategy) -> dict[str, Any]:

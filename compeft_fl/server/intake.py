@@ -12,6 +12,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from compeft_fl.errors import CompeftError, MalformedError, ParameterError
 from compeft_fl.exchange.protocol import Answer
 from compeft_fl.exchange.records import (
+    CARRIED_KEY,
     EXCHANGE_KEY,
     LOGGER,
     NUMPY_STYPE,
@@ -26,6 +27,7 @@ from compeft_fl.wire.messages import STYPE
 __all__ = ["MAX_WEIGHT", "Reply", "describe", "one_line", "received", "update_of", "weight_of"]
 
 MAX_WEIGHT = 1e12  # no client has more examples; plausible lies are another matter
+MAX_BESIDE = 1 << 20  # bytes of records beside an Update
 _MAX_REASON = 400  # characters of a reason in the log
 _MAX_READ = 1 << 16
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -90,6 +92,7 @@ def received(message: Message, question: Message | None, answered: set[str]) -> 
     try:
         _check(message, is_second)
         num_bytes = num_array_bytes(message.content)
+        _check_beside(message.content)
         answer = find_answer(message.content)
     except CompeftError as error:
         problem = describe(error)
@@ -119,6 +122,20 @@ def _hint(reason: str) -> str:
         "; it was given an Update and wants arrays: put CompressionMod into the client, "
         "as the first of its mods"
     )
+
+
+def _check_beside(content: RecordDict) -> None:
+    """Raise for a reply that brings an Update, and far more that nobody asked for."""
+    found = find_update(content)
+    if found is None:
+        return
+    # Carried tensors have a limit of their own. Nothing is made bigger to be measured.
+    others = (record.count_bytes() for key, record in content.items() if key != CARRIED_KEY)
+    beside = sum(others) - sum(map(len, found[1]))
+    if beside > MAX_BESIDE:
+        raise MalformedError(
+            f"expected at most {MAX_BESIDE} bytes of records beside the Update, found {beside}"
+        )
 
 
 def num_array_bytes(content: RecordDict) -> int:

@@ -7,12 +7,13 @@ lies under that of a strategy which reads Updates.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -28,11 +29,13 @@ from compeft_fl.exchange.records import (
 )
 from compeft_fl.merging.carried import CarriedAverage
 from compeft_fl.server.base import Base, conform
-from compeft_fl.server.intake import Reply, num_array_bytes, update_of, weight_of
-from compeft_fl.server.metrics import Signature, check_metrics, signature
+from compeft_fl.server.bounds import ReplyBounds
+from compeft_fl.server.intake import Reply, describe, num_array_bytes, update_of, weight_of
+from compeft_fl.server.metrics import Signature, check_metrics, mended, signature, spoiled
 from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.privacy import wrapped
 from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, Replies, SizedArrays
+from compeft_fl.server.robustness import Candidate
 from compeft_fl.server.streaming_grid import GridAround, StreamingGrid
 
 __all__ = ["LinkGrid", "Links", "RoundGrid"]
@@ -45,10 +48,16 @@ class Links:
     ----------
     inner : flwr.serverapp.strategy.Strategy
     outcomes : Outcomes
+    bounds : ReplyBounds, optional
+        Default: ``ReplyBounds()``; under Flower's wrappers for differential privacy, whose clipping
+        bounds norms, weights alone.
     """
 
-    def __init__(self, inner: Strategy, outcomes: Outcomes) -> None:
+    def __init__(
+        self, inner: Strategy, outcomes: Outcomes, bounds: ReplyBounds | None = None
+    ) -> None:
         self.inner, self.outcomes = inner, outcomes
+        self.bounds = _default_bounds(inner) if bounds is None else bounds
         self.bases: dict[int, Base] = {}  # what each node's reply is relative to
         self._carried: dict[int, dict[str, NDArray[Any]]] = {}  # what nodes sent, of this round
         self._touched: NDArray[np.bool_] | None = None
@@ -80,21 +89,21 @@ class Links:
             self._carried.clear()
             self._touched = None
 
-        def read(reply: Reply) -> tuple[RecordDict, Signature]:
+        signatures: dict[int, Signature] = {}
+
+        def read(reply: Reply) -> Candidate | None:
             content = reply.message.content
             if not _brought_the_adapter(reply.question) and not array_records(content):
                 # A node that was asked something else answers as the strategy wants.
                 _check_all_metrics(content)
-                return content, ()
-            kinds = self._signature(content)
-            if kind == "train":
-                content = self._expand(reply.node_id, content)
-            return content, kinds
+                signatures[reply.key] = ()
+                return None
+            signatures[reply.key] = self._signature(content)
+            return self._candidate(reply) if kind == "train" else None
 
         kept: list[tuple[Reply, str, Signature]] = []
-        for reply, (content, kinds) in outcomes.read(kind, server_round, replies, read):
-            reply.message.content = content
-            kept.append((reply, reply.message.metadata.message_type, kinds))
+        for reply in self._expanded(server_round, outcomes.read(kind, server_round, replies, read)):
+            kept.append((reply, reply.message.metadata.message_type, signatures[reply.key]))
         usable = []
         usual = _usual([(message_type, kinds) for _, message_type, kinds in kept])
         for reply, message_type, kinds in kept:
@@ -106,6 +115,7 @@ class Links:
                 reason = "its records or metrics have other keys than those of most replies"
                 outcomes.set_aside(reply, reason)
         outcomes.log()
+        _mend_metrics(usable, self._weight_key() or "")
         return usable + self._errors(usable)
 
     def _errors(self, usable: Sequence[Message]) -> list[Message]:
@@ -119,23 +129,60 @@ class Links:
             if node_id in self._messages
         ]
 
-    def _expand(self, node_id: int, content: RecordDict) -> RecordDict:
-        """A reply's content with ordinary arrays: those that were sent, plus the Update."""
-        key, parts = update_of(content)
-        if node_id not in self.bases:
+    def _candidate(self, reply: Reply) -> Candidate:
+        """What a reply brings for the merge."""
+        content = reply.message.content
+        _, parts = update_of(content)
+        if reply.node_id not in self.bases:
             raise ParameterError("expected a reply from a node that was sent the adapter")
-        base = self.bases[node_id]
-        blob = find_carried(content)
-        carried = {} if blob is None else base.read_carried(blob)
-        change = base.read(parts).to_task_vector()
+        base, blob, key = self.bases[reply.node_id], find_carried(content), self._weight_key()
+        if blob is not None:
+            base.read_carried(blob)
+        weight = 1.0 if key is None else weight_of(content, key)[2]
+        return Candidate(weight, parts, base.read(parts), blob or b"")
+
+    def _expanded(
+        self, server_round: int, found: Iterable[tuple[Reply, Candidate | None]]
+    ) -> list[Reply]:
+        """Replies with ordinary arrays, their Updates within bounds, and those without any."""
+        kept: list[Reply] = []
+
+        def updates() -> Iterator[tuple[Reply, Candidate]]:
+            for reply, candidate in found:
+                if candidate is None:
+                    kept.append(reply)
+                else:
+                    yield reply, candidate
+
+        observer = self.outcomes.observer
+        for reply, within in self.bounds.within(server_round, updates(), observer, whole=True):
+            try:
+                if within.reason is not None:
+                    raise CompeftError(within.reason)
+                reply.message.content = self._expand(reply, within)
+            except CompeftError as error:
+                self.outcomes.set_aside(reply, describe(error))
+            else:
+                kept.append(reply)
+        return kept
+
+    def _expand(self, reply: Reply, found: Candidate) -> RecordDict:
+        """A reply's content with ordinary arrays: those that were sent, plus the Update."""
+        content, node_id = reply.message.content, reply.node_id
+        (key, _), base = update_of(content), self.bases[node_id]
+        carried = base.read_carried(found.carried) if found.carried else {}
+        change = found.update.to_task_vector()
         moves: Any = np.asarray(change.values != 0)
         self._touched = moves if self._touched is None else self._touched | moves
         self._carried[node_id] = carried  # so that what is made of them stays within what was sent
-        others = {k: v for k, v in content.items() if k != CARRIED_KEY}
-        size = num_array_bytes(content)
-        return RecordDict(
-            {**others, key: SizedArrays(base.moved_by(change, carried), lambda: size)}
-        )
+        records = {k: v for k, v in content.items() if k != CARRIED_KEY}
+        size, weight_key = num_array_bytes(content), self._weight_key()
+        if weight_key is not None:
+            metrics_key, metrics, weight = weight_of(content, weight_key)
+            if found.weight < weight:
+                records[metrics_key] = MetricRecord({**metrics, weight_key: found.weight})
+        records[key] = SizedArrays(base.moved_by(change, carried), lambda: size)
+        return RecordDict(records)
 
     def conformed(self, arrays: ArrayRecord, base: Base) -> ArrayRecord:
         """What the strategy made, as the adapter was; carried tensors within what was sent.
@@ -154,12 +201,17 @@ class Links:
             arrays, base, average, exact=wrapped(self.inner) is self.inner, touched=self._touched
         )
 
+    def _weight_key(self) -> str | None:
+        """The name of the weight in the metrics; None where the strategy has none."""
+        key = getattr(self.inner, "weighted_by_key", None)
+        if key is None:  # Flower's wrappers for differential privacy
+            key = getattr(getattr(self.inner, "strategy", None), "weighted_by_key", None)
+        return key if isinstance(key, str) else None
+
     def _signature(self, content: RecordDict) -> Signature:
         """What must be the same in all replies for Flower's strategies; metrics are checked."""
-        weight_key = getattr(self.inner, "weighted_by_key", None)
-        if weight_key is None:  # Flower's wrappers for differential privacy
-            weight_key = getattr(getattr(self.inner, "strategy", None), "weighted_by_key", None)
-        if isinstance(weight_key, str):
+        weight_key = self._weight_key()
+        if weight_key is not None:
             weight_of(content, weight_key)
         _check_all_metrics(content)
         arrays = tuple(key for key in array_records(content) if key != CARRIED_KEY)
@@ -305,3 +357,30 @@ def _brought_the_adapter(question: Message | None) -> bool:
 def _check_all_metrics(content: RecordDict) -> None:
     for metrics in metric_records(content).values():
         check_metrics(metrics)
+
+
+def _default_bounds(inner: Strategy) -> ReplyBounds:
+    if wrapped(inner) is not inner:  # for differential privacy
+        free = math.inf
+        return ReplyBounds(max_norm=free, max_impact=free, max_largest=free, set_aside=False)
+    return ReplyBounds()
+
+
+def _mend_metrics(messages: Sequence[Message], weight_key: str) -> None:
+    """Put the others' mean where a metric is NaN or absurd; leave it out where all are."""
+    for key in {key for message in messages for key in metric_records(message.content)}:
+        having = [message for message in messages if key in metric_records(message.content)]
+        records = [metric_records(message.content)[key] for message in having]
+        sound = [record for record in records if not spoiled(record)]
+        if len(sound) < len(records):
+            LOGGER.warning(
+                "metrics of %d replies are left out: NaN or absurd", len(records) - len(sound)
+            )
+        useless = set() if sound else {name for record in records for name in spoiled(record)}
+        for message, record in zip(having, records, strict=True):
+            like = (each for each in sound if signature(key, each) == signature(key, record))
+            changed = mended(like, record, weight_key) if spoiled(record) else None
+            if changed is None and useless:
+                changed = MetricRecord({k: v for k, v in record.items() if k not in useless})
+            if changed is not None:
+                message.content = RecordDict({**message.content, key: changed})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ from flwr.app import MetricRecord
 
 from compeft_fl.exchange.ledger import Transfer
 
-__all__ = ["RoundCount", "RoundCounts", "RoundObserver", "TransferObserver"]
+__all__ = ["BoundsObserver", "RoundCount", "RoundCounts", "RoundObserver", "TransferObserver"]
 
 
 class RoundObserver(Protocol):
@@ -68,6 +68,14 @@ class TransferObserver(Protocol):
         """
 
 
+@runtime_checkable
+class BoundsObserver(Protocol):
+    """What an observer may have besides `RoundObserver`'s methods."""
+
+    def on_bounds(self, server_round: int, bounded: Mapping[int, str]) -> None:
+        """Replies of a round count within bounds: the nodes, and what counts as what."""
+
+
 @dataclass
 class RoundCount:
     """The messages of one round and kind.
@@ -83,6 +91,8 @@ class RoundCount:
     set_aside : list of (node id, reason)
     down_bytes, up_bytes : int
         Bytes of Updates, summed over nodes.
+    bounded : dict of int to str
+        Nodes whose replies count within bounds, and how.
     """
 
     nodes: int = 0
@@ -91,6 +101,7 @@ class RoundCount:
     set_aside: list[tuple[int, str]] = field(default_factory=list)
     down_bytes: int = 0
     up_bytes: int = 0
+    bounded: dict[int, str] = field(default_factory=dict)
 
 
 class RoundCounts:
@@ -142,6 +153,10 @@ class RoundCounts:
             count.replies += 1
         else:
             count.set_aside.append((node_id, reason))
+
+    def on_bounds(self, server_round: int, bounded: Mapping[int, str]) -> None:
+        """See `BoundsObserver.on_bounds`."""
+        self._count(server_round, "train").bounded.update(bounded)
 
     def _count(self, server_round: int, kind: str) -> RoundCount:
         if kind == "resync":

@@ -213,15 +213,16 @@ class _Screening:
         for entry in self._entries:
             self._spool.seek(entry.position)
             told: dict[str, Any] = json.loads(self._spool.read(entry.sizes[0]))
-            # A message is kilobytes of Python objects. One stands for all, with their contents.
-            self._carrier.content = RecordDict(
+            # A message is kilobytes of Python objects. A copy of one stands for each in turn.
+            carrier = copy.copy(self._carrier)
+            carrier.content = RecordDict(
                 {key: MetricRecord(metrics) for key, metrics in told.items()}
             )
-            reply = Reply(entry.node_id, self._carrier, entry.num_bytes, entry.key)
+            reply = Reply(entry.node_id, carrier, entry.num_bytes, entry.key)
             carried = self._spool.read(entry.sizes[1])
             update = self._update(entry)
             if entry.norm > self._most_norm:
-                update = _shortened(update, self._most_norm / entry.norm)
+                update = shortened(update, self._most_norm / entry.norm)
             weight = min(entry.weight, most)
             yield reply, Candidate(weight, (), update, carried, entry.reason)
 
@@ -320,7 +321,10 @@ def _sizes(update: Update) -> tuple[float, float, int]:
     return norm, 0.0, int(np.count_nonzero(values))
 
 
-def _shortened(update: Update, factor: float) -> Update:
+def shortened(update: Update, factor: float) -> Update:
+    """An update that many times as long."""
     if isinstance(update, TernaryVector):
-        return update.with_scales(update.scales * np.float32(factor))
-    return TaskVector(update.layout, update.values * factor)
+        return update.with_scales((update.scales * float(factor)).astype(np.float32))
+    values: Any = update.values
+    host = values.cpu().numpy() if is_torch(values) else values
+    return TaskVector(update.layout, (host * float(factor)).astype(np.float32))
