@@ -118,7 +118,7 @@ def test_a_node_that_lost_its_state_costs_a_resync(tmp_path):
     asked, answered = told.of(kind="resync")
     assert (asked.direction, asked.payload_bytes, asked.raw_bytes) == ("up", 0, 0)
     assert (answered.direction, answered.raw_bytes) == ("down", 0)
-    assert answered.payload_bytes > 4 * PARAMETERS
+    assert answered.payload_bytes > PARAMETERS  # the start, and what came after it
     if local_grid.get_all_nested_objects is not None:
         assert (told.bytes("down"), told.bytes("up")) == (grid.bytes_down, grid.bytes_up)
 

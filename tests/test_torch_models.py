@@ -69,7 +69,7 @@ def accuracy_of(strategy: Any, *mods: Any) -> tuple[float, dict[str, np.ndarray]
     torch.manual_seed(0)
     model = Net()
     grid = LocalGrid(cnn_app(*mods), 3)
-    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=9)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=7)
     model.load_state_dict(result.arrays.to_torch_state_dict())
     inputs, labels = images(999, 500)
     with torch.no_grad():
@@ -79,7 +79,6 @@ def accuracy_of(strategy: Any, *mods: Any) -> tuple[float, dict[str, np.ndarray]
 
 @pytest.mark.parametrize("kind", ["average", "compressed"])
 def test_a_cnn_with_batch_norm_learns_as_with_the_stock_strategy(kind):
-    """Some rounds later: the way down starts coarsely."""
     stock, _ = accuracy_of(FedAvg(fraction_evaluate=0))
     ours = {
         "average": ComPEFTAverage(fraction_evaluate=0),
@@ -92,7 +91,7 @@ def test_a_cnn_with_batch_norm_learns_as_with_the_stock_strategy(kind):
             assert (value > 0).all()
         if name.endswith("num_batches_tracked"):
             assert value.dtype == np.int64
-            assert value == 90
+            assert value == 70
 
 
 CONFIGS = {

@@ -204,7 +204,7 @@ class AppConfig:
     codec: str = _key(
         "golomb",
         "codec of the uplink; auto: whichever arrives first over a link of link-mbps",
-        choices=(*codecs.names(), AUTO),
+        choices=(*(name for name in codecs.names() if name != "steps"), AUTO),
     )
     link_mbps: float = _key(
         10.0, "speed of a node's link in Mbit/s, by which codec auto chooses", above=0
@@ -218,7 +218,7 @@ class AppConfig:
     downlink_codec: str = _key(
         "golomb",
         "codec of a change on the way down, where it is compressed",
-        choices=(*(name for name in codecs.names() if not name.startswith("dense")), AUTO),
+        choices=(*(name for name in codecs.names() if codecs.get(name).ternary), AUTO),
     )
     downlink_density: float = _key(
         0.2, "greatest part of the parameters that a change on the way down keeps", above=0, high=1

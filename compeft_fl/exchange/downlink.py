@@ -53,7 +53,7 @@ class Downlink:
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
-        Version 0 is the start in 8 bits or fewer a parameter, for nodes that cannot make it.
+        Version 0 is the start in 11 bits or fewer a parameter, for nodes that cannot make it.
 
     Raises
     ------

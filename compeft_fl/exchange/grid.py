@@ -24,7 +24,7 @@ _BITS = 23  # of a value in units; one less than float32's, so that differences 
 _HEADROOM = 3  # bits: values may grow to 8 times the largest, and then there is another grid
 _NO_START = 1.0  # stands for the largest value of a start that is all zeros
 _LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps body hold
-_COARSE_BITS = 7  # of a coarse start's values, without the sign
+_COARSE_BITS = 10  # of a coarse start's values, without the sign
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Grid:
         return _no_minus_zero(np.ldexp(np.rint(np.ldexp(values, -self.exponent)), self.exponent))
 
     def coarse(self, values: Floats, layout: Layout) -> tuple[Floats, list[int]]:
-        """The values in 8 bits or fewer: each tensor on a step of its own, a multiple of the unit.
+        """The values in 11 bits or fewer: each tensor on a step of its own, a multiple of the unit.
 
         Returns
         -------
@@ -75,13 +75,14 @@ class Grid:
             Where the step changes: parameters at which an encoder cuts, to give each part its own.
         """
         rounded, cuts, last = np.zeros_like(values), [], None
+        most = (1 << _COARSE_BITS) - 1
         for _, where in layout.slices():
             piece = values[where]
             largest = float(np.abs(piece).max(initial=0.0))
             if not largest:
                 continue
             exponent = max(math.frexp(largest)[1] - _COARSE_BITS, self.exponent)
-            steps = np.minimum(np.maximum(np.rint(np.ldexp(piece, -exponent)), -127), 127)
+            steps = np.clip(np.rint(np.ldexp(piece, -exponent)), -most, most)
             rounded[where] = np.ldexp(steps, exponent)
             if last is not None and exponent != last:
                 cuts.append(where.start)

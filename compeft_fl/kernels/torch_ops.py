@@ -74,14 +74,33 @@ def select_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """See `cpu_select.select_top_k`."""
     if not bool(torch.isfinite(values).all()):
         return None
-    d = values.numel()
     magnitudes = values.contiguous().view(torch.int32) & 0x7FFFFFFF
-    threshold = max(1, int(torch.kthvalue(magnitudes, d - k + 1).values))
+    threshold = max(1, _kth_largest(magnitudes, k))
     kept = magnitudes > threshold
     ties = k - int(kept.sum())
     equal = (magnitudes == threshold).nonzero().view(-1)[:ties]
     kept[equal] = True
     return pack(kept & (values > 0)), pack(kept & (values < 0))
+
+
+def _kth_largest(magnitudes: Tensor, k: int) -> int:
+    """The k-th largest of int32 values >= 0, by counting first their upper, then lower 16 bits.
+
+    On a GPU that takes some passes over memory, where `torch.kthvalue` takes hundreds.
+    """
+    upper = magnitudes >> 16
+    bucket, left = _bucket_of(torch.bincount(upper, minlength=1 << 15), k)
+    lower = magnitudes[upper == bucket] & 0xFFFF
+    rest, _ = _bucket_of(torch.bincount(lower, minlength=1 << 16), left)
+    return (bucket << 16) | rest
+
+
+def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th from the top, and which of its own it is, from 1."""
+    at_least = counts.flip(0).cumsum(0)
+    below = int((at_least < k).sum())
+    before = int(at_least[below - 1]) if below else 0
+    return counts.numel() - 1 - below, k - before
 
 
 def select_best(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -176,10 +195,12 @@ def _plan(positions: Tensor, num_parameters: int) -> Plan:
     for level in range(_MIN_LEVEL, _MAX_LEVEL + 1):
         count = -(-num_parameters // (1 << level))
         blocks, gaps = _gaps(positions, level)
-        counts = _segment_sums(torch.ones_like(positions), blocks, count)
+        borders = torch.searchsorted(blocks, torch.arange(count + 1, device=positions.device))
+        counts = borders.diff()
         cost = torch.empty((level + 1, count), dtype=torch.int64, device=positions.device)
         for b in range(level + 1):
-            cost[b] = _segment_sums(gaps >> b, blocks, count) + counts * (b + 1)
+            sums = torch.nn.functional.pad((gaps >> b).cumsum(0), (1, 0))[borders]
+            cost[b] = sums.diff() + counts * (b + 1)
         rice = cost.min(dim=0).values == cost  # of equal costs the smallest b
         chosen = rice.to(torch.uint8).argmax(dim=0)
         quotient_bits = cost.gather(0, chosen[None])[0] - counts * chosen

@@ -33,7 +33,7 @@ class DownlinkOptions:
     support : "best" or "fixed"
         Which of the largest a delta keeps, see `compeft_fl.compress`.
     first_contact : {"coarse", "snapshot", "seed"}
-        What a node gets of which nothing is known. "coarse": the start, in 8 bits or fewer a
+        What a node gets of which nothing is known. "coarse": the start, in 11 bits or fewer a
         parameter, and what came after it; the server takes what was rounded off as not yet sent.
         "snapshot": a lossless one. "seed": only what came after the start, because the node makes
         the same start by itself (``initial_adapter`` of the mod); one whose start differs says so,
