@@ -23,7 +23,7 @@ _SEPARATOR = b"\0<next>\0"  # between the blobs of one input
 
 def exchange_targets() -> list[Target]:
     """Snapshots, deltas, and the records of Flower's messages."""
-    return [_snapshots(), _deltas(), _offers(), _arrays()]
+    return [_snapshots(), _deltas(), _catch_ups(), _offers(), _arrays()]
 
 
 def _snapshots() -> Target:
@@ -57,10 +57,13 @@ def _deltas() -> Target:
     generator = np.random.default_rng(3)
     start = cf.TaskVector(LAYOUT, np.zeros(LAYOUT.num_parameters, np.float32))
     downlink = Downlink(start, density=0.05)
-    for _ in range(3):
+    deltas: list[bytes] = []
+    while len(deltas) < 3:
         values = generator.standard_normal(LAYOUT.num_parameters).astype(np.float32)
         downlink.advance(cf.TaskVector(LAYOUT, values))
-    deltas = downlink.lacking(0).blobs
+        shipment = downlink.lacking(downlink.version - 1)
+        assert shipment.kind == "deltas"
+        deltas += shipment.blobs
 
     def make(source: random.Random) -> bytes:
         blobs = list(deltas)
@@ -83,6 +86,42 @@ def _deltas() -> Target:
     return Target("deltas", make, read, share=0.5)
 
 
+def _catch_ups() -> Target:
+    """A start and the sum of all that came after it, in parts."""
+    generator = np.random.default_rng(5)
+    start = np.round(64 * generator.standard_normal(LAYOUT.num_parameters)).astype(np.float32) / 64
+    change = np.where(generator.random(LAYOUT.num_parameters) < 0.1, np.float32(0.5), 0)
+    parts = [
+        blob
+        for values, version in ((start, 0), (change, 0))
+        for blob in encode_parts(
+            cf.TaskVector(LAYOUT, values), "steps", base_version=version, max_body_bytes=4500
+        )
+    ]
+    other = valid_updates("dense")
+
+    def make(source: random.Random) -> bytes:
+        blobs = list(parts)
+        at = source.randrange(len(blobs))
+        kind = source.randrange(6)
+        if kind == 0:
+            del blobs[at]
+        elif kind == 1:
+            blobs.insert(at, source.choice((*parts, *other)))
+        elif kind == 2:
+            blobs[at] = mutated(blobs[at], source)
+        elif kind == 3:
+            blobs[at] = resealed(blobs[at], source)
+        else:
+            blobs[at] = change_fields(blobs[at], source)
+        return _SEPARATOR.join(blobs)
+
+    def read(content: bytes) -> object:
+        return Replica.from_start(content.split(_SEPARATOR), 3)
+
+    return Target("a start and a catch-up", make, read, share=0.5)
+
+
 def _offers() -> Target:
     offer = records.offer_record(Offer("federation", 3, bytes(16), 2), "arrays", "deltas")
     answer = records.answer_record(Answer("name", 3, seconds=(0.5, 0.25)))
@@ -94,12 +133,10 @@ def _offers() -> Target:
     def read(content: bytes) -> object:
         source = random.Random(content)
         told: dict[str, Any] = dict(source.choice((offer, answer)))
-        for _ in range(source.randint(1, 3)):
+        for _ in range(source.randint(0, 2)):
             key = source.choice(sorted(told))
-            if source.random() < 0.3:
+            if source.random() < 0.3 and len(told) > 1:
                 del told[key]
-                if not told:
-                    break
             else:
                 told[key] = _scalar(source)
         if source.random() < 0.2:
