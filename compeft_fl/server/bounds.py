@@ -96,7 +96,7 @@ class ReplyBounds:
         max_weight: float = 3.0,
         max_norm: float = 3.0,
         max_impact: float = 2.5,
-        max_largest: float = 10.0,
+        max_largest: float = 30.0,
         set_aside: bool = True,
     ) -> None:
         self._most = _Size(max_weight, max_norm, max_impact, max_largest)
