@@ -13,6 +13,7 @@ from flower_apps import (
     advanced_pytorch,
     custom_mods,
     flowertune_llm,
+    opacus,
     quickstart_huggingface,
     quickstart_pytorch,
     quickstart_sklearn,
@@ -71,6 +72,15 @@ def test_an_app_learns_with_its_two_lines_changed(name, tmp_path, caplog):
     assert small.bytes_up < dense.bytes_up / 4
     assert small.bytes_down < dense.bytes_down / 1.5  # the first message down is whole
     assert [a.dtype for a in ours.arrays.values()] == [a.dtype for a in stock.arrays.values()]
+
+
+def test_private_training_learns_some_rounds_later():
+    """The noise of DP-SGD is in every entry of an update, of which a tenth is sent."""
+    stock, _ = run(opacus, opacus.strategy(), num_rounds=8)
+    ours, grid = run(opacus, Compressed(opacus.strategy()), CompressionMod(), num_rounds=12)
+    assert accuracies(stock)[-1] > 0.8
+    assert accuracies(ours)[-1] > accuracies(stock)[-1] - 0.04
+    assert grid.bytes_up < 12 * NODES * 4 * 4810 / 8  # parameters
 
 
 def histories(result):
