@@ -126,6 +126,7 @@ def test_measuring_runs_often_within_its_budget():
     assert len(calls) == 1
 
 
+@pytest.mark.long
 def test_rows_say_what_was_measured():
     rows = codecs.rows_of(layouts.synthetic(SMALL), "small", "synthetic", quick=True)
     by_name = {row["codec"]: row for row in rows}

@@ -250,7 +250,7 @@ def test_one_of_ten_costs_little(problem, undisturbed, attack):
     strategy = ComPEFTAverage(fraction_evaluate=0.0)
     found = problem.run(strategy, logistic.FINITE_ATTACKS[attack], hostile=1, rounds=12)
     assert undisturbed > 0.85
-    assert found > undisturbed - 0.03  # of one seed; simulations/results/robustness.md has three
+    assert found > undisturbed - 0.03  # of one seed
     honest = [
         node for count in strategy.observer.train.values() for node, _ in count.set_aside
         if node != NODES[-1]

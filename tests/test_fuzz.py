@@ -19,6 +19,8 @@ import fuzz  # noqa: E402
 import fuzz_commands  # noqa: E402
 import fuzz_targets  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 def test_every_target_reads_or_rejects(tmp_path):
     names = []

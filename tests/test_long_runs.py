@@ -9,6 +9,8 @@ import compeft_fl as cf
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.uplink import AT_RISK, ErrorFeedback
 
+pytestmark = pytest.mark.long
+
 NODES = 3
 
 
