@@ -171,7 +171,7 @@ bench-robustness: $(INSTALLED) ## accuracy that hostile nodes take, and that the
 	@$(BIN)/python simulations/bench_robustness.py $(ARGS)
 
 clean: ## remove caches and build folders; .venv and runs/ stay
-	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 comma := ,

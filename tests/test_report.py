@@ -210,14 +210,14 @@ def layers(ledger: dict) -> str:
 
 def test_the_table_says_what_updates_keep_where_nodes_said_it():
     def shown(**ledger):
-        console = Console(file=io.StringIO(), width=120)
+        console = Console(file=io.StringIO(), width=80)
         summary = dataclasses.replace(RECORD, ledger=LEDGER | ledger).summary()
         console.print(report.table(summary))
         return console.file.getvalue()
 
     text = shown(cosine=[0.875, None], relative_error=[0.484, None])
-    assert re.search(r"cosine ┃ +error", text)
-    assert re.search(r"│ +0\.875 │ +0\.484", text)
+    assert re.search(r"┃sent down ┃of dense ┃cosine ┃ *error", text)
+    assert re.search(r"│ +0\.875 │ *0\.484", text)
     assert "cosine" not in shown(cosine=[None, None], relative_error=[None, None])
     assert "cosine" not in shown()
 

@@ -146,6 +146,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     if any(value is not None for values in kept for value in values):
         # How much of what the nodes have compressed their updates keep, in the mean.
         headers, footers = [*headers, "cosine", "error"], [*footers, "", ""]
+        found.padding = (0, 1, 0, 0)  # so that 80 columns hold it
     for header, footer in zip(headers, footers, strict=True):
         found.add_column(header, footer, justify="right")
     scores = zip(summary["accuracy"], summary["loss"], strict=True)
