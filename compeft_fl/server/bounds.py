@@ -43,6 +43,7 @@ _WAITING_BYTES = 16  # a parameter: beyond, the most of them do not wait
 _FEWEST_VOTERS = 4  # with fewer replies there are no others to be against
 _OPPOSED = 6.0  # standard deviations below what unrelated signs have in common
 _APART = 4.0  # times the median distance from the median cosine
+_AS_FAR = 0.5  # of what the median reply agrees by: so much it disagrees, whatever a deviation is
 _PAST_SHARE = 0.9  # that a round before counts of what this one does
 _PAST_NODES = 256  # whose direction is remembered
 
@@ -80,8 +81,9 @@ class ReplyBounds:
     Notes
     -----
     A reply opposes the others where its signs, over the past rounds too, agree with their majority
-    less than unrelated signs do, by six standard deviations, and far less than the others' agree;
-    and where no more than one of eight do so: two camps of like size are no outliers.
+    less than unrelated signs do, by six standard deviations and half as much as the median reply
+    agrees, and far less than the others' agree; and where no more than one of eight do so: two
+    camps of like size are no outliers.
 
     What it cannot do: two hostile nodes of ten, or one that opposes the others in half of its
     entries only, can cost more than a bounded share; see `compeft_fl.strategies` for the
@@ -273,7 +275,8 @@ def _apart(found: dict[int, Agreement]) -> dict[int, Agreement]:
     return {
         key: each
         for key, each in found.items()
-        if each.deviations < -_OPPOSED and each.cosine < median - _APART * spread
+        if each.deviations < -_OPPOSED
+        and each.cosine < min(median - _APART * spread, -_AS_FAR * median)
     }
 
 
