@@ -183,6 +183,7 @@ WEIGHTS = {
     "no weight": None,
     "a zero weight": 0,
     "a negative weight": -3.0,
+    "a weight that sums lose": 5e-324,
     "a NaN weight": float("nan"),
     "an infinite weight": float("inf"),
     "an absurd weight": 10**15,
@@ -191,7 +192,7 @@ WEIGHTS = {
 }
 for _name, _value in WEIGHTS.items():
 
-    @bad("expected a weight in (0, 1e+12] under 'num-examples'", _name)
+    @bad("expected a weight in [1e-30, 1e+12] under 'num-examples'", _name)
     def weight(reply, value=_value):
         metrics = {"loss": 0.5} | ({} if value is None else {"num-examples": value})
         return with_records(reply, metrics=MetricRecord(metrics))

@@ -197,6 +197,18 @@ def test_updates_of_nothing_bound_nobody():
     assert found[7] == pytest.approx((10.0, 1.0))
 
 
+def test_where_the_others_have_come_to_rest_what_they_did_before_is_the_measure():
+    """However long that is ago: the few that still move are no measure of themselves."""
+    bounds = ReplyBounds()
+    within(bounds, *[(10.0, 1.0)] * 10)
+    again = ReplyBounds()
+    for _ in range(10):
+        found = within(bounds, *[(10.0, 0.0)] * 9, (10.0, 1e38))
+        assert found[9][0] * found[9][1] < 40
+        again.restore(bounds.state())
+        bounds, again = again, bounds
+
+
 def test_what_is_kept_does_not_grow_with_nodes_or_rounds():
     bounds = ReplyBounds()
     for _ in range(3):

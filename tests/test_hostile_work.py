@@ -14,7 +14,9 @@ from local_grid import identify, set_metadata
 import compeft_fl as cf
 from compeft_fl import errors
 from compeft_fl.exchange import records
-from compeft_fl.exchange.replica import Replica
+from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.protocol import Offer, follow
+from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.mod import CompressionMod
 from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2
@@ -255,3 +257,17 @@ def test_a_node_gives_a_padded_update_back(tmp_path):
     assert reply.has_error()
     assert "ImplausibleSizeError" in reply.error.reason
     assert peak < 2 * MIB
+
+
+@pytest.mark.parametrize("kind", ["start", "deltas"])
+def test_a_shipment_of_too_many_parts_is_not_looked_at(kind, monkeypatch):
+    """100,000 empty parts in 2 MB took seconds."""
+    layout = cf.Layout([cf.TensorSpec("w", (5,))])
+    (blob,) = messages.encode_parts(cf.TaskVector(layout, np.zeros(5, np.float32)), "steps")
+    known = NodeState().following(Replica(layout, np.zeros(5, np.float32), 0), None)
+    for name in ("inspect", "open_update"):
+        monkeypatch.delattr(f"compeft_fl.exchange.replica.{name}")
+    monkeypatch.delattr("compeft_fl.exchange.protocol.inspect")
+    offer = Offer("f" * 16, 1, bytes(16), b"")
+    with pytest.raises(errors.ResyncError, match=r"expected at most .* found 100000"):
+        follow(known, offer, Shipment(kind, (blob,) * 100_000))

@@ -218,6 +218,15 @@ def test_one_node_with_mods_in_the_wrong_order_does_not_stop_the_others(caplog):
     assert "put CompressionMod first" in caplog.text
 
 
+@pytest.mark.parametrize("wrapper", ["server fixed", "server adaptive"])
+def test_an_update_of_nothing_does_not_stop_a_server_that_clips(wrapper, caplog):
+    """Flower divides by its norm."""
+    idle = tiny.client_app(CompressionMod(), train=lambda state, context: state)
+    apps = grid((), ()).apps
+    start(Compressed(WRAPPERS[wrapper](Measures())), LocalGrid({**apps, min(apps): idle}, N))
+    assert "can clip, found one of norm 0" in caplog.text
+
+
 def test_carried_tensors_count_in_the_bound():
     """BatchNorm's statistics go beside the Update: what both come to together is bounded."""
     state = {"w": np.zeros((20, 20), np.float32), "bn.running_mean": np.zeros(9, np.float32)}

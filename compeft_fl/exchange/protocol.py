@@ -17,10 +17,10 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from compeft_fl.errors import CompeftError, ResyncError
+from compeft_fl.errors import CompeftError, ResyncError, WireError
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
-from compeft_fl.exchange.replica import Replica, Shipment
+from compeft_fl.exchange.replica import MAX_DELTAS, Replica, Shipment
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 from compeft_fl.wire.opening import parse
@@ -162,6 +162,8 @@ def _built_on(
         return replica
     if shipment.kind == "catchup":
         return replica.catch_up(shipment.blobs, version)
+    if len(shipment.blobs) > MAX_DELTAS:
+        raise WireError(f"expected at most {MAX_DELTAS} deltas, found {len(shipment.blobs)}")
     # Of deltas that the server thinks are lacking, some may have arrived already.
     versions = [inspect(blob, layout=replica.layout).base_version for blob in shipment.blobs]
     new = [

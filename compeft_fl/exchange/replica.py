@@ -14,7 +14,7 @@ from compeft_fl.errors import VersionError, WireError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, inspect
-from compeft_fl.wire.opening import open_update
+from compeft_fl.wire.opening import MAX_PARTS, open_update
 
 __all__ = [
     "DIGEST_BYTES",
@@ -134,6 +134,8 @@ class Replica:
         WireError
             Bytes that a decoder rejects.
         """
+        if len(blobs) > 2 * MAX_PARTS:  # each is looked at twice
+            raise WireError(f"expected at most {2 * MAX_PARTS} parts, found {len(blobs)}")
         layout, covered, count = None, 0, 0
         while count < len(blobs) and (layout is None or covered < layout.num_parameters):
             header = inspect(blobs[count], layout=layout)

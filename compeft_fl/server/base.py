@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,15 @@ class Base:
             TaskVector.from_dict(self.apart.trained(moved)).check_finite()
         others = {**self.apart.values, **(carried or {})}
         return to_arrays({n: moved[n] if n in moved else others[n] for n in self.state})
+
+    def norm_to(self, arrays: ArrayRecord) -> float:
+        """How far arrays that `moved_by` made are from the adapter, rounded as they are."""
+        total = 0.0
+        for name, value in to_state(arrays).items():
+            with np.errstate(over="ignore"):
+                change = value.astype(np.float64) - self.state[name].astype(np.float64)
+                total += float(np.sum(change * change))
+        return math.sqrt(total)
 
 
 def conform(

@@ -108,6 +108,7 @@ class ReplyBounds:
         self.set_aside = set_aside
         self._recent: deque[_Size] = deque(maxlen=_REMEMBERED)
         self._in_round = 0
+        self._usual: _Size | None = None  # the last medians in which most updates were not 0
         self._past: OrderedDict[int, Agreement] = OrderedDict()  # by node id, the last heard last
 
     def describe(self) -> str:
@@ -121,12 +122,15 @@ class ReplyBounds:
     def state(self) -> dict[str, Any]:
         """What is remembered from round to round, as plain values for a checkpoint."""
         past = {str(node): [p.agree, p.oppose, p.norms] for node, p in self._past.items()}
-        return {"sizes": [list(size) for size in self._recent], "past": past}
+        usual = list(self._usual or ())
+        return {"sizes": [list(size) for size in self._recent], "usual": usual, "past": past}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave; nothing is remembered where it gave nothing."""
         self._recent.clear()
         self._recent.extend(_Size(*map(float, size)) for size in state.get("sizes", ()))
+        usual = state.get("usual", ())
+        self._usual = _Size(*map(float, usual)) if usual else None
         past = state.get("past", {})
         self._past = OrderedDict((int(node), Agreement(*sums)) for node, sums in past.items())
 
@@ -198,14 +202,20 @@ class ReplyBounds:
         latest = list(self._recent)[-count:]
         moving = [size for size in latest if size.norm > 0]
         weight = _median(size.weight for size in latest)
+        if 2 * len(moving) <= len(latest) and self._usual is not None:
+            # Most have come to rest, and those that have not are no measure of themselves.
+            return self._usual._replace(weight=weight)
         if not moving:
             return _Size(weight, 0.0, 0.0, 0.0)
-        return _Size(
+        medians = _Size(
             weight,
             _median(size.norm for size in moving),
             _median(size.impact for size in moving),
             _median(size.largest for size in moving),
         )
+        if 2 * len(moving) > len(latest) >= _FEWEST_VOTERS:
+            self._usual = medians
+        return medians
 
     def _bounded(self, node_id: int, found: Candidate, bounded: dict[int, str]) -> Candidate:
         """A reply within bounds; what was too much is noted."""

@@ -27,6 +27,7 @@ from compeft_fl.wire.messages import STYPE
 __all__ = ["MAX_WEIGHT", "Reply", "describe", "one_line", "received", "update_of", "weight_of"]
 
 MAX_WEIGHT = 1e12  # no client has more examples; plausible lies are another matter
+MIN_WEIGHT = 1e-30  # below, sums of weighted values would be lost in rounding to 0
 MAX_BESIDE = 1 << 20  # bytes of records beside an Update
 _MAX_REASON = 400  # characters of a reason in the log
 _MAX_READ = 1 << 16
@@ -174,17 +175,17 @@ def weight_of(content: RecordDict, weighted_by_key: str) -> tuple[str, MetricRec
     MalformedError
         Not exactly one MetricRecord.
     ParameterError
-        A weight that is missing, no number, not positive, or beyond `MAX_WEIGHT`.
+        A weight that is missing, no number, or not between `MIN_WEIGHT` and `MAX_WEIGHT`.
     """
     records = metric_records(content)
     if len(records) != 1:
         raise MalformedError(f"expected one MetricRecord in the reply, found {len(records)}")
     key, metrics = next(iter(records.items()))
     weight = metrics.get(weighted_by_key)
-    if not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
+    if not isinstance(weight, int | float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
         raise ParameterError(
-            f"expected a weight in (0, {MAX_WEIGHT:g}] under {weighted_by_key!r} of the metrics, "
-            f"found {reprlib.repr(weight)}"
+            f"expected a weight in [{MIN_WEIGHT:g}, {MAX_WEIGHT:g}] under {weighted_by_key!r} "
+            f"of the metrics, found {reprlib.repr(weight)}"
         )
     return key, metrics, float(weight)
 

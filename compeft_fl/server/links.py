@@ -33,7 +33,7 @@ from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.intake import Reply, describe, num_array_bytes, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, mended, signature, spoiled
 from compeft_fl.server.outcomes import Outcomes
-from compeft_fl.server.privacy import wrapped
+from compeft_fl.server.privacy import check_clippable, wrapped
 from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, Replies, SizedArrays
 from compeft_fl.server.robustness import Candidate
 from compeft_fl.server.streaming_grid import GridAround, StreamingGrid
@@ -172,6 +172,8 @@ class Links:
         (key, _), base = update_of(content), self.bases[node_id]
         carried = base.read_carried(found.carried) if found.carried else {}
         change = found.update.to_task_vector()
+        moved = base.moved_by(change, carried)
+        check_clippable(self.inner, lambda: base.norm_to(moved))
         moves: Any = np.asarray(change.values != 0)
         self._touched = moves if self._touched is None else self._touched | moves
         self._carried[node_id] = carried  # so that what is made of them stays within what was sent
@@ -181,7 +183,7 @@ class Links:
             metrics_key, metrics, weight = weight_of(content, weight_key)
             if found.weight < weight:
                 records[metrics_key] = MetricRecord({**metrics, weight_key: found.weight})
-        records[key] = SizedArrays(base.moved_by(change, carried), lambda: size)
+        records[key] = SizedArrays(moved, lambda: size)
         return RecordDict(records)
 
     def conformed(self, arrays: ArrayRecord, base: Base) -> ArrayRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from flwr.serverapp.strategy import (
@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import (
 
 from compeft_fl.errors import ParameterError
 
-__all__ = ["check_mods", "check_outermost", "mods_hint", "wrapped"]
+__all__ = ["check_clippable", "check_mods", "check_outermost", "mods_hint", "wrapped"]
 
 _WRAPPERS: Final = (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -30,6 +30,11 @@ _WRAPPERS: Final = (
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
 )
+_CLIPS_HERE: Final = (
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+_SMALLEST: Final = 1e-15  # a norm whose square float32 holds
 _MODS: Final = r"(fixedclipping_mod|adaptiveclipping_mod|LocalDpMod)"
 _ORDER: Final = re.compile(
     _MODS + r" expects exactly one (ArrayRecord|ConfigRecord)|expected CompressionMod before "
@@ -63,6 +68,29 @@ def check_outermost(strategy: Strategy) -> None:
             f"expected a strategy of ordinary arrays inside {name}, found {inner}, whose messages "
             f"are compressed: clipping and noise would not hold; this order works: "
             f"Compressed({name}(FedAvg(...), ...))"
+        )
+
+
+def check_clippable(strategy: Strategy, norm_of_change: Callable[[], float]) -> None:
+    """Raise for an update by whose norm a wrapper that clips on the server would divide by 0.
+
+    Parameters
+    ----------
+    strategy : flwr.serverapp.strategy.Strategy
+    norm_of_change : callable
+        Gives the norm of what the update changes, in the precision of the arrays.
+
+    Raises
+    ------
+    ParameterError
+    """
+    if not isinstance(strategy, _CLIPS_HERE):
+        return
+    norm = norm_of_change()
+    if norm < _SMALLEST:
+        raise ParameterError(
+            f"expected an update that changes something, which {type(strategy).__name__} can clip, "
+            f"found one of norm {norm:.3g}"
         )
 
 
