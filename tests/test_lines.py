@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from compeft_fl.disk.lines import Lines
 from compeft_fl.exchange.ledger import Ledger, Transfer, read_ledger
-from compeft_fl.lines import Lines
 from compeft_fl.results.journal import Journal
 from compeft_fl.runs.launch import _Events
 

@@ -30,7 +30,7 @@ import numpy as np
 from compeft_fl.adapters.carried import digest, from_bytes, to_bytes
 from compeft_fl.adapters.folders import Adapter, check_names, parse_config, require_torch
 from compeft_fl.adapters.starts import start_of
-from compeft_fl.atomic import replacing
+from compeft_fl.disk.atomic import replacing
 from compeft_fl.errors import AdapterError, MalformedError, NonFiniteError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.wire.messages import inspect, iter_parts

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from compeft_fl.adapters.weights import StoredTensors, require_torch
-from compeft_fl.atomic import replacing
+from compeft_fl.disk.atomic import replacing
 from compeft_fl.errors import AdapterError
 from compeft_fl.printable import one_line, quoted
 from compeft_fl.task_vector import Layout, TensorSpec, is_torch

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
+from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import StateError
 from compeft_fl.exchange.node_state import LOCK_FILE, STATE_FILE, safe_name
 from compeft_fl.exchange.records import LOGGER

@@ -40,8 +40,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from compeft_fl.disk.lines import Lines
 from compeft_fl.exchange.records import LOGGER
-from compeft_fl.lines import Lines
 
 __all__ = ["LEDGER_FILE", "Ledger", "RoundTotals", "Transfer", "read_ledger"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
+from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.replica import Replica

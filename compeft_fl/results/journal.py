@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from compeft_fl.disk.lines import Lines
 from compeft_fl.exchange.ledger import Ledger, RoundTotals, Transfer
 from compeft_fl.exchange.records import LOGGER
-from compeft_fl.lines import Lines
 
 if TYPE_CHECKING:
     from flwr.app import MetricRecord

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from compeft_fl.atomic import replacing
+from compeft_fl.disk.atomic import replacing
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.results import overhead
 from compeft_fl.results.journal import RoundRecord, RunRecord

@@ -27,7 +27,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from compeft_fl.atomic import PRIVATE_FOLDER, locked, replacing
+from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, LayoutError, StateError
 from compeft_fl.exchange.carried import check_like
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state

@@ -1,0 +1,1 @@
+"""Files that survive: replaced as a whole, or grown line by line; and locks."""
