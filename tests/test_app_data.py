@@ -50,6 +50,22 @@ def embedded_rows() -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "sizes"),
+    [
+        ("debian-section", 12, (3998, 557, 1110)),
+        ("debian-role", 6, (1679, 243, 478)),
+        ("debian-interface", 6, (1089, 183, 355)),
+        ("debian-lang", 7, (1224, 170, 362)),
+    ],
+)
+def test_the_embedded_tasks(name, classes, sizes):
+    found = data.load(AppConfig(data=name))
+    assert len(found.labels) == classes
+    assert (len(found.train), len(found.validation), len(found.test)) == sizes
+    assert not set(found.train.groups) & set(found.test.groups)
+
+
 # --- files and data sets ----------------------------------------------------------------------
 
 

@@ -140,7 +140,8 @@ class AppConfig:
 
     data: str = _key(
         "debian-section",
-        "debian-section (embedded), a .jsonl, .csv or .parquet file, or a Hugging Face dataset",
+        "debian-section, -role, -interface, -lang (embedded), a .jsonl, .csv or .parquet file, "
+        "or a Hugging Face dataset",
     )
     data_config: str = _key("", "configuration of a Hugging Face dataset, where it has several")
     text_column: str = _key("text", "column of the text")

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "Rows", "TextData", "load", "node_rows", "partition"]
 
-EMBEDDED: Final = {"debian-section": "debian-section.jsonl"}
+EMBEDDED: Final = {
+    f"debian-{task}": f"debian-{task}.jsonl" for task in ("section", "role", "interface", "lang")
+}
 """Data sets inside the package: name -> file under ``compeft_fl/app/embedded``."""
 
 _FORMATS: Final = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
