@@ -47,7 +47,7 @@ def mark(item: pytest.Item) -> None:
 
 def is_of_models(file: Path) -> bool:
     """Whether a file of tests imports PEFT, which takes seconds, or is about the app's models."""
-    peft = r"^(import|from) (peft|transformers)\b|^peft = pytest.importorskip"
+    peft = r"^(import|from) (peft|transformers)\b|^(peft = )?pytest.importorskip\(.peft"
     models = r"^from compeft_fl\.app\.tasks import .*\bmodel\b"
     return re.search(f"{peft}|{models}", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 

@@ -47,6 +47,10 @@ class _Tables:
         self._tables.append(np.zeros((NUM_BUCKETS, 2), np.int64))
         return self._tables[-1]
 
+    def shared(self) -> NDArray[np.int64]:
+        """A table for what is counted when all threads have ended."""
+        return self._tables[-1] if self._tables else self.fresh()
+
     def clear(self) -> None:
         """Begin anew."""
         self._tables.clear()
@@ -54,7 +58,7 @@ class _Tables:
     def add(self, magnitudes: NDArray[np.uint32]) -> None:
         """Count these too."""
         buckets = (magnitudes >> np.uint32(REST_BITS)).astype(np.intp)
-        table = self.fresh()
+        table = self.shared()
         np.add.at(table[:, 0], buckets, 1)
         np.add.at(table[:, 1], buckets, magnitudes & np.uint32((1 << REST_BITS) - 1))
 
@@ -176,19 +180,21 @@ class _Split:
         bounds = np.uint32(low), np.uint32(high)
 
         def scan(
-            bits: NDArray[np.uint32], start: int, stop: int, first_word: int = 0
-        ) -> tuple[int, int, bool, NDArray[np.int64], NDArray[np.uint32]]:
+            bits: NDArray[np.uint32], start: int, stop: int, first_word: int,
+            table: NDArray[np.int64],
+        ) -> tuple[int, int, bool, NDArray[np.int64], NDArray[np.uint32]]:  # fmt: skip
             lists = np.empty(capacity, np.int64), np.empty(capacity, np.uint32)
             masks = self.positive[first_word:], self.negative[first_word:]
-            table = np.empty((0, 2), np.int64) if tables is None else tables.fresh()
             counts = _split_by_magnitude(bits, *bounds, start, stop, *masks, *lists, table)
             listed = [each[: counts[1]] for each in lists]
             return *counts, listed[0] + first_word * LANES, listed[1]
 
-        bits = values.view(np.uint32)
-        parts = in_threads(lambda a, b: scan(bits, a, b), whole)
+        bits, none = values.view(np.uint32), np.empty((0, 2), np.int64)
+        fresh = tables.fresh if tables is not None else lambda: none
+        parts = in_threads(lambda a, b: scan(bits, a, b, 0, fresh()), whole)
         if values.size % LANES:  # the last word, padded with zeros
-            parts.append(scan(padded(bits, LANES), 0, 1, whole))
+            table = none if tables is None else tables.shared()
+            parts.append(scan(padded(bits, LANES), 0, 1, whole, table))
         self.num_high = sum(part[0] for part in parts)
         self.num_between = sum(part[1] for part in parts)
         self.finite = all(part[2] for part in parts)
