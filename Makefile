@@ -11,7 +11,9 @@ INSTALLED := $(VENV)/.installed
 GRPCIO_TOOLS := 1.66.2
 PROTOC := build/grpcio-tools-$(GRPCIO_TOOLS)
 PROTO := compeft_fl/wire/v1/update.proto
-GENERATED := compeft_fl/wire/v1/update_pb2.py compeft_fl/wire/v1/update_pb2.pyi
+SERVICE := compeft_fl/experts/v1/experts.proto
+GENERATED := $(PROTO:.proto=_pb2.py) $(PROTO:.proto=_pb2.pyi) \
+  $(SERVICE:.proto=_pb2.py) $(SERVICE:.proto=_pb2.pyi) $(SERVICE:.proto=_pb2_grpc.py)
 
 # What benchmarks compare with and no environment should hold (compeft_fl/bench/packages.py says why).
 PEERS := build/peers
@@ -79,7 +81,7 @@ lint: $(INSTALLED) ## ruff, and who may import whom
 types: $(INSTALLED) ## mypy --strict
 	@$(BIN)/mypy
 
-proto: $(PROTOC)/.installed ## generate compeft_fl/wire/v1 from proto/
+proto: $(PROTOC)/.installed ## generate compeft_fl/wire/v1 and compeft_fl/experts/v1 from proto/
 	@$(call generate,.)
 	@echo "wrote $(GENERATED)"
 
@@ -91,7 +93,9 @@ proto-check: $(PROTOC)/.installed ## is the generated code that of proto/?
 	done
 
 generate = PYTHONPATH=$(PROTOC) $(BIN)/python -m grpc_tools.protoc \
-  --proto_path=proto --python_out=$(1) --pyi_out=$(1) proto/$(PROTO)
+  --proto_path=proto --python_out=$(1) --pyi_out=$(1) proto/$(PROTO) proto/$(SERVICE) && \
+  PYTHONPATH=$(PROTOC) $(BIN)/python -m grpc_tools.protoc \
+  --proto_path=proto --grpc_python_out=$(1) proto/$(SERVICE)
 
 $(PROTOC)/.installed: | $(INSTALLED)
 	@$(PIP) --no-deps --only-binary :all: --target $(PROTOC) grpcio-tools==$(GRPCIO_TOOLS) || \

@@ -12,6 +12,12 @@
     ├── ResyncError             a node lacks what a message builds on
     ├── NoUsableReplyError      a run in which no reply was of any use
     ├── MissingPackageError     an optional package that is not installed
+    ├── ExpertError             an expert, or a store of experts, that cannot be used
+    │   ├── UnknownExpertError      a name or a version that the store does not have
+    │   ├── AccessError             no token, a wrong or expired one, or one without the right
+    │   ├── UnavailableError        the server is away, stopped, busy, or speaks another way
+    │   ├── StoreFullError          no room: on the disk, or within the bounds of a store
+    │   └── BrokenExpertError       bytes other than their digest says
     └── WireError               bytes that a decoder rejects (also a ValueError)
         ├── ChecksumError           the CRC-32 is missing or differs
         ├── MalformedError          not a protobuf Update, or a field that cannot be
@@ -48,16 +54,19 @@ from __future__ import annotations
 from compeft_fl.printable import MAX_TEXT, printable
 
 __all__ = [
+    "AccessError",
     "AdapterError",
     "BlockCountError",
     "BlockNonzerosError",
     "BlockSizeError",
+    "BrokenExpertError",
     "ChecksumError",
     "CodeEndError",
     "CompeftError",
     "ConfigError",
     "CoverageError",
     "DTypeError",
+    "ExpertError",
     "ImplausibleSizeError",
     "LayoutError",
     "LayoutMismatchError",
@@ -78,7 +87,10 @@ __all__ = [
     "ScaleError",
     "StateError",
     "StepRangeError",
+    "StoreFullError",
     "StreamLengthError",
+    "UnavailableError",
+    "UnknownExpertError",
     "UnknownLayoutError",
     "UpdateSizeError",
     "VersionError",
@@ -144,6 +156,38 @@ class NoUsableReplyError(CompeftError):
 
 class MissingPackageError(CompeftError):
     """An optional package that is not installed; the message says how to get it."""
+
+
+class ExpertError(CompeftError):
+    """An expert, or a store of experts, that cannot be used as it is asked for."""
+
+
+class UnknownExpertError(ExpertError):
+    """A name, a version or a digest that the store does not have."""
+
+
+class AccessError(ExpertError):
+    """No token where one is needed, a wrong or an expired one, or one without the right."""
+
+
+class UnavailableError(ExpertError):
+    """A server that is away, has stopped, is busy, or speaks another way than was asked.
+
+    Attributes
+    ----------
+    again : bool
+        Whether asking once more may help.
+    """
+
+    again: bool = True
+
+
+class StoreFullError(ExpertError):
+    """There is no room: on the disk, or within the bounds that a store was given."""
+
+
+class BrokenExpertError(ExpertError):
+    """Bytes other than their digest says."""
 
 
 class WireError(CompeftError, ValueError):

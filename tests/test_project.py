@@ -23,7 +23,11 @@ import compeft_fl.strategies
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAP = (ROOT / "compeft_fl" / "README.md").read_text()
-GENERATED = "compeft_fl.wire.v1.update_pb2"
+GENERATED = {
+    "compeft_fl.experts.v1.experts_pb2",
+    "compeft_fl.experts.v1.experts_pb2_grpc",
+    "compeft_fl.wire.v1.update_pb2",
+}
 MAX_LINES = 450
 
 
@@ -33,13 +37,13 @@ def modules():
     for package in (compeft_fl,):
         found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
         names += [package.__name__, *(info.name for info in found)]
-    return [name for name in names if name != GENERATED]
+    return [name for name in names if name not in GENERATED]
 
 
 def sources(*folders):
     """Each Python file written by hand below some folders."""
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    return [file for file in files if not file.name.endswith("_pb2.py")]
+    return [file for file in files if not file.name.endswith(("_pb2.py", "_pb2_grpc.py"))]
 
 
 # --- layout -----------------------------------------------------------------------------------

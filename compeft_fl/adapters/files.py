@@ -40,7 +40,15 @@ if TYPE_CHECKING:
     from compeft_fl.codecs.base import Update
     from compeft_fl.quality import Quality
 
-__all__ = ["StoredUpdate", "read_update", "restore", "write_update"]
+__all__ = [
+    "StoredUpdate",
+    "parse_update",
+    "parts_of",
+    "read_update",
+    "restore",
+    "tensors_of",
+    "write_update",
+]
 
 PARTS_MAGIC: Final = b"COMPEFT\n"
 CARRIED_MAGIC: Final = b"COMPEFT+"
@@ -180,10 +188,14 @@ def read_update(path: str | os.PathLike[str], *, max_parameters: int | None = No
     if not file.is_file():
         found = "a folder: compress it first" if file.is_dir() else "nothing of that name"
         raise AdapterError(f"expected a .compeft file, found {found}")
-    content = file.read_bytes()
+    return parse_update(file.read_bytes(), max_parameters=max_parameters)
+
+
+def parse_update(content: bytes, *, max_parameters: int | None = None) -> StoredUpdate:
+    """`read_update` of a file's bytes."""
     size = len(content)
     front, content = _front(content)
-    opened = open_update(_parts(content), max_parameters=max_parameters)
+    opened = open_update(parts_of(content), max_parameters=max_parameters)
     metadata, codec, num_body_bytes = opened.metadata, opened.codec, opened.body_bytes
     if "adapter_config" not in metadata:
         raise AdapterError("expected an adapter_config in the update's metadata, found none")
@@ -258,8 +270,8 @@ def _number(metadata: Mapping[str, str], key: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parts(content: bytes) -> Iterator[bytes]:
-    """The messages of a file."""
+def parts_of(content: bytes) -> Iterator[bytes]:
+    """The messages of a file without carried tensors, or of what stands behind those."""
     if not content.startswith(PARTS_MAGIC):
         yield content
         return
@@ -309,13 +321,29 @@ def restore(stored: StoredUpdate, init: Adapter | None = None) -> Adapter:
         change = change.copy()  # dense values are the update's own
     with np.errstate(over="ignore"):
         change += start.values
-        values = TaskVector(layout, change).to_dict()
-        state = {tensor.name: _cast(values[tensor.name], tensor.dtype) for tensor in layout.tensors}
+        state = tensors_of(TaskVector(layout, change))
+    state |= stored.carried
+    return Adapter(stored.config, {name: state[name] for name in sorted(state)})
+
+
+def tensors_of(vector: TaskVector) -> dict[str, Any]:
+    """A vector's tensors, each in its own data type.
+
+    Raises
+    ------
+    NonFiniteError
+        A value that the tensor's data type does not hold.
+    """
+    values = vector.to_dict()
+    with np.errstate(over="ignore"):
+        state = {
+            tensor.name: _cast(values[tensor.name], tensor.dtype)
+            for tensor in vector.layout.tensors
+        }
     for name, tensor in state.items():
         if not bool((tensor.isfinite() if is_torch(tensor) else np.isfinite(tensor)).all()):
             raise NonFiniteError(f"expected values that {tensor.dtype} holds in tensor {name!r}")
-    state |= stored.carried
-    return Adapter(stored.config, {name: state[name] for name in sorted(state)})
+    return state
 
 
 def _cast(values: Any, dtype: str) -> Any:

@@ -173,8 +173,13 @@ def iter_parts(
     metadata: Mapping[str, str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     cuts: Sequence[int] = (),
+    layout_once: bool = False,
 ) -> Iterator[bytes]:
-    """`encode_parts`, one part in memory at a time."""
+    """`encode_parts`, one part in memory at a time.
+
+    With ``layout_once`` the first part has the layout, and the others name it: for a file, whose
+    parts are read in their order.
+    """
     codec = auto.choose(update, codec, link_mbps)
     writer, d = codecs.get(codec), update.num_parameters
     if writer.max_body_bytes(1) > max_body_bytes:
@@ -197,7 +202,8 @@ def iter_parts(
         if start >= d:
             break
     for i, span in enumerate(spans):
-        yield _message(update, codec, span, layout_by_id, base_version, None if i else metadata)
+        by_id = layout_by_id or (layout_once and i > 0)
+        yield _message(update, codec, span, by_id, base_version, None if i else metadata)
 
 
 def _cut_near_half(borders: list[int], start: int, stop: int) -> int:

@@ -37,7 +37,15 @@ from compeft_fl.ternary import TernaryVector, num_words
 from compeft_fl.wire.layouts import ID_BYTES, difference, layout_id, read_layout
 from compeft_fl.wire.v1 import update_pb2
 
-__all__ = ["CRC_TAG", "MAX_PARTS", "PLAUSIBLE_PARAMETERS", "Opened", "open_update", "parse"]
+__all__ = [
+    "CRC_TAG",
+    "MAX_PARTS",
+    "PLAUSIBLE_PARAMETERS",
+    "PLAUSIBLE_PER_BYTE",
+    "Opened",
+    "open_update",
+    "parse",
+]
 
 CRC_TAG: Final = b"\x7d"  # field 15, fixed32
 MAX_PARTS: Final = 4096  # of 512 MiB each: 2 TiB
@@ -46,7 +54,7 @@ _MAX_MESSAGE_BYTES = (2 << 30) - 1  # protobuf's own limit
 # Where no layout is expected: so many parameters always, and beyond that so many for each byte of
 # the bodies. Golomb codes of density 1/1000 have about 650 parameters in a byte.
 PLAUSIBLE_PARAMETERS: Final = 1 << 24
-_PLAUSIBLE_PER_BYTE = 1 << 10
+PLAUSIBLE_PER_BYTE: Final = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ def _check_plausible(messages: list[Any], bodies: list[Any], most: int | None) -
     claimed = sum(message.num_parameters for message in messages)
     streams = sum(_stream_bytes(body) for body in bodies)
     if most is None:
-        most = max(PLAUSIBLE_PARAMETERS, _PLAUSIBLE_PER_BYTE * streams)
+        most = max(PLAUSIBLE_PARAMETERS, PLAUSIBLE_PER_BYTE * streams)
     if claimed > most:
         raise ImplausibleSizeError(
             f"expected at most {most} parameters in {streams} bytes of values, found {claimed}; "

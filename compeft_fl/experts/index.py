@@ -1,0 +1,384 @@
+"""The index of a store: which names there are, their versions, and what is said of each.
+
+One SQLite file in WAL mode: many read while one writes, and a transaction is on the disk when its
+call returns (``synchronous=FULL``), so a kill or a power cut at any moment loses nothing that was
+acknowledged. Words are found by FTS5, in names, tags and base models of each name's newest version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compeft_fl.errors import ExpertError, StoreFullError, UnknownExpertError
+from compeft_fl.experts.expert import Expert
+from compeft_fl.experts.names import Reference
+from compeft_fl.experts.sketches import SIZE
+
+__all__ = ["Index"]
+
+_FORMAT: Final = 1
+_BUSY_SECONDS: Final = 30.0
+_WORD: Final = re.compile(r"\w+")
+_MAX_WORDS: Final = 16
+_SCHEMA: Final = """
+CREATE TABLE names (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    next INTEGER NOT NULL,              -- the number of its next version; never goes back
+    newest INTEGER REFERENCES versions  -- none: all were deleted
+);
+CREATE TABLE versions (
+    id INTEGER PRIMARY KEY,
+    name_id INTEGER NOT NULL REFERENCES names,
+    version INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    base_model TEXT NOT NULL,
+    base_digest TEXT NOT NULL,
+    config TEXT NOT NULL,
+    tags TEXT NOT NULL,
+    metrics TEXT NOT NULL,
+    created REAL NOT NULL,
+    num_parameters INTEGER NOT NULL,
+    density REAL NOT NULL,
+    codec TEXT NOT NULL,
+    start TEXT NOT NULL,
+    layout_id TEXT NOT NULL,
+    sketch BLOB NOT NULL,
+    UNIQUE (name_id, version)
+);
+CREATE INDEX versions_digest ON versions (digest);
+CREATE INDEX names_newest ON names (newest);
+CREATE TABLE tags (
+    version_id INTEGER NOT NULL REFERENCES versions ON DELETE CASCADE,
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (key, value, version_id)
+) WITHOUT ROWID;
+CREATE INDEX tags_version ON tags (version_id);
+CREATE VIRTUAL TABLE words USING fts5 (name, tags, base_model, tokenize = 'unicode61');
+"""
+_COLUMNS: Final = (
+    "n.name, v.version, v.digest, v.size, v.base_model, v.base_digest, v.tags, v.metrics, "
+    "v.created, v.num_parameters, v.density, v.codec, v.start, v.layout_id"
+)
+
+
+class Index:
+    """The index of a store; threads share it, each with a connection of its own.
+
+    Parameters
+    ----------
+    file : Path
+        Is made where it is missing.
+
+    Raises
+    ------
+    ExpertError
+        A file that is none of ours, or of a later version of this package.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._local = threading.local()
+        self._open: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        with self._errors(), self._writing:
+            connection = self._connection()
+            connection.execute("PRAGMA journal_mode = WAL")
+            (found,) = connection.execute("PRAGMA user_version").fetchone()
+            if found == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchall():
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_FORMAT}; COMMIT;"
+                )
+            elif found != _FORMAT:
+                raise ExpertError(
+                    f"{file}: expected an index of version {_FORMAT}, found version {found}"
+                )
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+            self._open.clear()
+
+    def _connection(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = sqlite3.connect(
+                self._file, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            found.execute("PRAGMA synchronous = FULL")
+            found.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = found
+            with self._lock:
+                self._open.append(found)
+        return found
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's complaints as this package's."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            full = getattr(error, "sqlite_errorcode", None) in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR_WRITE,
+            )
+            kind = StoreFullError if full else ExpertError
+            raise kind(f"{self._file}: the index cannot be used: {error}") from None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One writer's transaction: all of it is on the disk when the block ends, or none."""
+        with self._errors(), self._writing:
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        with self._errors():
+            return self._connection().execute(sql, values).fetchall()
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def add(self, expert: Expert, sketch: NDArray[np.int8]) -> Expert:
+        """Name a version: the next of its name. What `expert.version` says is not asked."""
+        tags = " ".join(f"{key} {value}" for key, value in sorted(expert.tags.items()))
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO names (name, next) VALUES (?, 1) ON CONFLICT DO NOTHING",
+                (expert.name,),
+            )
+            name_id, version = connection.execute(
+                "SELECT id, next FROM names WHERE name = ?", (expert.name,)
+            ).fetchone()
+            row = connection.execute(
+                "INSERT INTO versions (name_id, version, digest, size, base_model, base_digest, "
+                "config, tags, metrics, created, num_parameters, density, codec, start, layout_id, "
+                "sketch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    name_id, version, expert.digest, expert.size, expert.base_model,
+                    expert.base_digest, json.dumps(expert.config, ensure_ascii=False),
+                    json.dumps(expert.tags), json.dumps(expert.metrics), expert.created,
+                    expert.num_parameters, expert.density, expert.codec, expert.start,
+                    expert.layout_id, sketch.tobytes(),
+                ),
+            ).lastrowid  # fmt: skip
+            connection.executemany(
+                "INSERT INTO tags VALUES (?, ?, ?)",
+                [(row, key, value) for key, value in expert.tags.items()],
+            )
+            connection.execute(
+                "UPDATE names SET next = ?, newest = ? WHERE id = ?", (version + 1, row, name_id)
+            )
+            connection.execute("DELETE FROM words WHERE rowid = ?", (name_id,))
+            connection.execute(
+                "INSERT INTO words (rowid, name, tags, base_model) VALUES (?, ?, ?, ?)",
+                (name_id, _split(expert.name), tags, _split(expert.base_model)),
+            )
+        (found,) = self._found("v.id = ?", row, config=True)
+        return found
+
+    def remove(self, name: str, version: int = 0) -> tuple[int, list[str]]:
+        """Forget a version, or all of a name: how many those are, and digests no longer needed.
+
+        Raises
+        ------
+        UnknownExpertError
+        """
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT v.id, v.digest, n.id FROM versions v JOIN names n ON n.id = v.name_id "
+                "WHERE n.name = ? AND (? = 0 OR v.version = ?)", (name, version, version),
+            ).fetchall()  # fmt: skip
+            if not rows:
+                raise UnknownExpertError(f"no expert {Reference(name, version)}")
+            name_id = rows[0][2]
+            connection.execute("UPDATE names SET newest = NULL WHERE id = ?", (name_id,))
+            connection.executemany("DELETE FROM versions WHERE id = ?", [(row[0],) for row in rows])
+            newest = connection.execute(
+                "SELECT id, tags, base_model FROM versions WHERE name_id = ? "
+                "ORDER BY version DESC LIMIT 1", (name_id,),
+            ).fetchone()  # fmt: skip
+            connection.execute("DELETE FROM words WHERE rowid = ?", (name_id,))
+            if newest is not None:
+                tags = " ".join(f"{k} {v}" for k, v in sorted(json.loads(newest[1]).items()))
+                connection.execute("UPDATE names SET newest = ? WHERE id = ?", (newest[0], name_id))
+                connection.execute(
+                    "INSERT INTO words (rowid, name, tags, base_model) VALUES (?, ?, ?, ?)",
+                    (name_id, _split(name), tags, _split(newest[2])),
+                )
+            return len(rows), [
+                digest
+                for digest in sorted({row[1] for row in rows})
+                if not connection.execute(
+                    "SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)
+                ).fetchone()
+            ]
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def find(self, reference: Reference) -> Expert:
+        """The version that a reference means, with its configuration.
+
+        Raises
+        ------
+        UnknownExpertError
+        """
+        name = reference.name
+        if reference.version:
+            where, values = "n.name = ? AND v.version = ?", (name, reference.version)
+        elif reference.digest:
+            where = "n.name = ? AND v.digest >= ? AND v.digest <= ?"
+            values = (name, reference.digest, reference.digest + "g")  # type: ignore[assignment]
+        else:
+            where, values = "n.name = ? AND v.id = n.newest", (name,)  # type: ignore[assignment]
+        found = self._found(where, *values, order="v.version DESC", config=True)
+        if not found:
+            raise UnknownExpertError(f"no expert {reference}")
+        if len({expert.digest for expert in found}) > 1:
+            raise UnknownExpertError(f"{reference}: more than one digest begins so")
+        return found[0]
+
+    def versions(self, name: str, limit: int = 100) -> list[Expert]:
+        """The versions of a name, the newest first, without their configurations."""
+        return self._found("n.name = ?", name, order="v.version DESC", limit=limit)
+
+    def page(self, after: str, limit: int) -> list[Expert]:
+        """The newest version of each name after one, by name."""
+        return self._found("n.name > ? AND v.id = n.newest", after, order="n.name", limit=limit)
+
+    def search(
+        self, words: str, tags: Mapping[str, str], base_model: str, limit: int
+    ) -> list[Expert]:
+        """Newest versions that have all words, tags and the base model; the best match first."""
+        where, values = ["v.id = n.newest"], []
+        source, order = "", "n.name"
+        terms = _WORD.findall(words)[:_MAX_WORDS]
+        if words.strip() and not terms:
+            return []
+        if terms:
+            source, order = "JOIN words w ON w.rowid = n.id", "w.rank, n.name"
+            where.append("words MATCH ?")
+            values.append(" ".join(f'"{term}"*' for term in terms))
+        narrowed, more = _narrowed(tags, base_model)
+        return self._found(
+            " AND ".join([*where, *narrowed]), *values, *more,
+            source=source, order=order, limit=limit,
+        )  # fmt: skip
+
+    def sketches(
+        self, layout_id: str, tags: Mapping[str, str], base_model: str
+    ) -> tuple[list[int], NDArray[np.int8]]:
+        """Newest versions of a layout: their row numbers, and sketches, shape (n, 2048)."""
+        narrowed, values = _narrowed(tags, base_model)
+        where = " AND ".join(["v.id = n.newest", "v.layout_id = ?", *narrowed])
+        rows = self._rows(
+            f"SELECT v.id, v.sketch FROM names n JOIN versions v ON v.name_id = n.id "
+            f"WHERE {where}", layout_id, *values,
+        )  # fmt: skip
+        content = b"".join(row[1] for row in rows)
+        return [row[0] for row in rows], np.frombuffer(content, np.int8).reshape(-1, SIZE)
+
+    def sketch(self, expert: Expert) -> NDArray[np.int8]:
+        """The sketch of a version."""
+        ((content,),) = self._rows(
+            "SELECT v.sketch FROM names n JOIN versions v ON v.name_id = n.id "
+            "WHERE n.name = ? AND v.version = ?", expert.name, expert.version,
+        )  # fmt: skip
+        return np.frombuffer(content, np.int8)
+
+    def by_rows(self, rows: list[int]) -> list[Expert]:
+        """The versions of row numbers, in their order."""
+        return [expert for row in rows for expert in self._found("v.id = ?", row)]
+
+    def digests(self) -> set[str]:
+        """The digests of all versions."""
+        return {row[0] for row in self._rows("SELECT DISTINCT digest FROM versions")}
+
+    def has(self, digest: str) -> bool:
+        """Is there a version with these bytes?"""
+        return bool(self._rows("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", digest))
+
+    def num_bytes(self) -> int:
+        """The size of all blobs that versions stand for."""
+        sql = "SELECT coalesce(sum(size), 0) FROM (SELECT DISTINCT digest, size FROM versions)"
+        return int(self._rows(sql)[0][0])
+
+    def check(self) -> list[str]:
+        """What SQLite finds wrong with its file; nothing where all is well."""
+        rows = [row[0] for row in self._rows("PRAGMA integrity_check(10)")]
+        return [f"the index: {row}" for row in rows if row != "ok"]
+
+    def _found(
+        self, where: str, *values: Any, source: str = "", order: str = "v.id",
+        limit: int = 2, config: bool = False,
+    ) -> list[Expert]:  # fmt: skip
+        last = "v.config" if config else "NULL"
+        rows = self._rows(
+            f"SELECT {_COLUMNS}, {last} FROM names n JOIN versions v ON v.name_id = n.id {source} "
+            f"WHERE {where} ORDER BY {order} LIMIT ?", *values, limit,
+        )  # fmt: skip
+        return [_expert(row) for row in rows]
+
+
+def _narrowed(tags: Mapping[str, str], base_model: str) -> tuple[list[str], list[str]]:
+    """Conditions for tags and a base model, and their values."""
+    where, values = [], []
+    if "role" not in tags:  # starts are found by their names alone
+        where.append(
+            "v.id NOT IN (SELECT version_id FROM tags WHERE key = 'role' AND value = 'start')"
+        )
+    for key, value in tags.items():
+        where.append("v.id IN (SELECT version_id FROM tags WHERE key = ? AND value = ?)")
+        values += [key, value]
+    if base_model:
+        where.append("v.base_model = ?")
+        values.append(base_model)
+    return where, values
+
+
+def _split(text: str) -> str:
+    """A name and its parts as words: ``sections_v2`` is found by ``v2`` as well."""
+    return f"{text} {text.replace('_', ' ')}"
+
+
+def _expert(row: Any) -> Expert:
+    name, version, digest, size, base_model, base_digest, tags, metrics, created = row[:9]
+    num_parameters, density, codec, start, layout_id, config = row[9:]
+    return Expert(
+        name=name,
+        version=version,
+        digest=digest,
+        size=size,
+        base_model=base_model,
+        base_digest=base_digest,
+        config=json.loads(config) if config else {},
+        tags=json.loads(tags),
+        metrics=json.loads(metrics),
+        created=created,
+        num_parameters=num_parameters,
+        density=density,
+        codec=codec,
+        start=start,
+        layout_id=layout_id,
+    )
