@@ -162,6 +162,8 @@ class Cache:
                 raise
             finally:
                 with contextlib.suppress(OSError):
+                    if digest in self._blobs:  # another process was faster
+                        partial.unlink(missing_ok=True)
                     (self._locks / digest).unlink()
 
     def adopt(self, digest: str) -> Path:

@@ -25,7 +25,7 @@ from compeft_fl.experts.downloads import Downloads
 from compeft_fl.experts.expert import Expert, Found, from_message, reference_message
 from compeft_fl.experts.names import Reference, check_metrics, check_name, check_tags
 from compeft_fl.experts.packing import StoredExpert, packed
-from compeft_fl.experts.streams import PATIENCE, Progress, Tries, sending
+from compeft_fl.experts.streams import FIRST_PATIENCE, Progress, Tries, sending
 from compeft_fl.experts.transport import Connection, read_certificate
 from compeft_fl.experts.v1 import experts_pb2
 from compeft_fl.printable import printable
@@ -184,7 +184,9 @@ class ExpertClient:
         if self._offline:
             raise UnknownExpertError(f"{reference}: not in the cache, and no server is asked")
         try:
-            expert, transferred = self._downloads.fetch(meant, progress, 1 if here else PATIENCE)
+            expert, transferred = self._downloads.fetch(
+                meant, progress, 1 if here else FIRST_PATIENCE
+            )
         except UnavailableError as error:
             if known is not None and here:
                 _LOGGER.warning(

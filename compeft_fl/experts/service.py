@@ -167,11 +167,8 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             left, begun = header.size - header.offset, time.monotonic()
             for request in requests:
                 heard()
-                seconds = time.monotonic() - begun
-                if (
-                    seconds > self._watch.seconds
-                    and file.tell() - header.offset < _SLOWEST * seconds
-                ):
+                seconds, here = time.monotonic() - begun, file.tell() - header.offset
+                if seconds > self._watch.seconds and here < _SLOWEST * seconds:
                     raise ExpertError(f"expected at least {_SLOWEST} bytes a second, found fewer")
                 if request.WhichOneof("part") != "chunk" or not request.chunk:
                     raise ParameterError("expected chunks after the header, found another message")
@@ -323,7 +320,7 @@ _STATUSES: Final = {
 
 
 class _Watch:
-    """Ends streams on which nothing moves: one thread for all of them, which waits while none is."""
+    """Ends streams on which nothing moves; one thread for all, which waits while there is none."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

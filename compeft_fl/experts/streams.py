@@ -11,12 +11,13 @@ from compeft_fl.errors import BrokenExpertError, UnavailableError
 from compeft_fl.experts.protocol import CHUNK_BYTES
 from compeft_fl.experts.v1 import experts_pb2
 
-__all__ = ["PATIENCE", "Progress", "Tries", "cancelled", "chunks_of", "sending"]
+__all__ = ["FIRST_PATIENCE", "PATIENCE", "Progress", "Tries", "cancelled", "chunks_of", "sending"]
 
 Progress = Callable[[int, int], object]
 """Is told how many bytes are there, of how many."""
 
-PATIENCE: Final = 6  # tries in a row that bring no byte
+PATIENCE: Final = 6  # tries in a row that bring no byte, of a server that has answered before
+FIRST_PATIENCE: Final = 3  # of one that has not
 _WAIT: Final = 0.2  # seconds before the second try; doubled each time, up to
 _LONGEST_WAIT: Final = 3.0
 
@@ -24,7 +25,7 @@ _LONGEST_WAIT: Final = 3.0
 class Tries:
     """How long a client goes on asking: until so many tries in a row have brought nothing."""
 
-    def __init__(self, patience: int = PATIENCE) -> None:
+    def __init__(self, patience: int = FIRST_PATIENCE) -> None:
         self._patience = patience
         self._failed = 0
 
