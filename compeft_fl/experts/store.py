@@ -94,6 +94,8 @@ class Store:
     folder : Path
         Is made where it is missing.
     limits : Limits, optional
+    tidy : bool
+        Remove what a kill has left: bytes without a name, and uploads of long ago.
 
     Raises
     ------
@@ -101,7 +103,7 @@ class Store:
         Another process has it open, or its index is none of ours.
     """
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, limits: Limits | None = None, *, tidy: bool = True) -> None:
         folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
         self.folder = folder
         self.limits = limits or Limits()
@@ -120,7 +122,8 @@ class Store:
         self._decoding = threading.Semaphore(2)  # whole experts in memory at a time
         self._uploading: dict[str, str] = {}  # partial file's key: its owner, while it is written
         self._changes: dict[tuple[str, str], bytes | None] = {}
-        self._tidy()
+        if tidy:
+            self._tidy()
 
     def close(self) -> None:
         """Let another process open it."""
