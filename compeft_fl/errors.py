@@ -41,6 +41,8 @@
         ├── NonzeroCountError       another number of nonzeros than the body says, or than can be
         ├── CodeEndError            an arithmetic code that does not end as a writer ends it
         ├── StepRangeError          steps beyond what float32 holds
+        ├── TermCountError          another number of terms than the tensors have, or can have
+        ├── FactorBitsError         factors of a width that the format does not have
         ├── MaskOverlapError        a parameter that is both positive and negative
         └── NonFiniteBodyError      NaN or Inf in a dense body
 
@@ -67,6 +69,7 @@ __all__ = [
     "CoverageError",
     "DTypeError",
     "ExpertError",
+    "FactorBitsError",
     "ImplausibleSizeError",
     "LayoutError",
     "LayoutMismatchError",
@@ -89,6 +92,7 @@ __all__ = [
     "StepRangeError",
     "StoreFullError",
     "StreamLengthError",
+    "TermCountError",
     "UnavailableError",
     "UnknownExpertError",
     "UnknownLayoutError",
@@ -279,7 +283,15 @@ class CodeEndError(WireError):
 
 
 class StepRangeError(WireError):
-    """An exponent or an integer of a steps body beyond its range."""
+    """An exponent or an integer of a steps or factored body beyond its range."""
+
+
+class TermCountError(WireError):
+    """Numbers of terms or exponents that fit neither each other nor the tensors."""
+
+
+class FactorBitsError(WireError):
+    """Factors of another width than 2 to 16 bits."""
 
 
 class MaskOverlapError(WireError):

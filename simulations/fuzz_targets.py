@@ -22,6 +22,7 @@ from compeft_fl.errors import CompeftError, UnknownLayoutError
 from compeft_fl.exchange import node_state
 from compeft_fl.exchange.records import to_arrays
 from compeft_fl.exchange.replica import Replica
+from compeft_fl.factorize import factorize
 from compeft_fl.merging import partial
 from compeft_fl.merging.partial import decode_partial, encode_partial
 from compeft_fl.server import checkpoint
@@ -56,7 +57,9 @@ def valid_updates(codec: str) -> list[bytes]:
     """Updates of one codec, with the layout in them and by its id."""
     values = np.random.default_rng(0).standard_normal(LAYOUT.num_parameters).astype(np.float32)
     tau = cf.TaskVector(LAYOUT, values)
-    update = cf.compress(tau, 0.2).with_scales([0.5, 0.25])
+    update: Any = cf.compress(tau, 0.2).with_scales([0.5, 0.25])
+    if codec == "factored":
+        update = factorize(tau, 0.3)
     more: dict[str, Any] = {"metadata": {"key": "value"}, "base_version": 3}
     return [cf.encode(update, codec, layout_by_id=by_id, **more) for by_id in (False, True)]
 

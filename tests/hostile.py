@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference_decoder
 import reference_encoder
+from reference_factored import Matrix
 
 import compeft_fl as cf
 from compeft_fl import errors
@@ -19,6 +20,11 @@ TENSORS = [("lora_A", (20, 15), "f32"), ("lora_B", (10, 10), "bf16")]
 LAYOUT = cf.Layout(cf.TensorSpec(*tensor) for tensor in TENSORS)
 D = 400  # two blocks of 256, the second of 144
 SIGNS = [(0, 0, 1, 0, 0, 0, -1)[index % 7] if index % 100 < 80 else 0 for index in range(D)]
+TERMS = [
+    Matrix([(-3, [1, -2, 3] * 5, [0, 1, 1, 0] * 5), (-5, [2] * 15, [1] * 20)]),
+    Matrix([(2, [-4], [0, 1] * 50)], flat=True),
+]
+REST = [0] * 320 + [1, -1] * 40, [0.5]
 
 
 def bodies():
@@ -32,6 +38,7 @@ def bodies():
         "steps": update_pb2.Steps.FromString(
             reference_encoder.steps([0.5 * s for s in SIGNS], TENSORS)[1]
         ),
+        "factored": update_pb2.Factored.FromString(reference_encoder.factored(TERMS, REST)[1]),
         "context": context.FromString(reference_encoder.context(SIGNS, [0.5], TENSORS)[1]),
     }
 

@@ -15,6 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 
 import reference_context
+import reference_factored
 import reference_steps
 from reference_protobuf import (
     BYTES,
@@ -266,9 +267,8 @@ def read_context(data: bytes, update: Update) -> None:
 def read_steps(data: bytes, update: Update) -> None:
     """Steps body."""
     fields = read_fields(data)
-    zigzag, count, code = number_of(fields, 1), number_of(fields, 2), bytes_of(fields, 3)
-    zigzag &= 0xFFFFFFFF
-    exponent = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
+    count, code = number_of(fields, 2), bytes_of(fields, 3)
+    exponent = signed(number_of(fields, 1))
     d = update.num_parameters
     if not -149 <= exponent <= 104:
         raise FaultError("StepRangeError", f"the exponent is {exponent}")
@@ -290,6 +290,51 @@ def read_steps(data: bytes, update: Update) -> None:
     for index, q in found.items():
         values[index - update.offset] = q * 2.0**exponent
     update.values = values
+
+
+def signed(zigzag: int) -> int:
+    """The sint32 that a varint stands for."""
+    zigzag &= 0xFFFFFFFF
+    return zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
+
+
+def read_factored(data: bytes, update: Update) -> None:
+    """Factored body."""
+    fields = read_fields(data)
+    shapes, d = [shape for _, shape, _ in update.tensors], update.num_parameters
+    covered = list(reference_context.matrices(shapes, update.offset, d))
+    heads = [head & 0xFFFFFFFF for head in numbers_of(fields, 1)] or [0] * len(covered)
+    if len(heads) != len(covered):
+        raise FaultError("TermCountError", f"{len(heads)} numbers of terms, not {len(covered)}")
+    if any(head // 2 > 255 for head in heads):
+        raise FaultError("TermCountError", "more than 255 terms")
+    exponents = [signed(value) for value in numbers_of(fields, 2)]
+    count = sum(head // 2 for head in heads)
+    if len(exponents) != count:
+        raise FaultError("TermCountError", f"{len(exponents)} exponents of {count} terms")
+    if any(not -149 <= exponent <= 96 for exponent in exponents):
+        raise FaultError("StepRangeError", f"exponents {exponents}")
+    bits = number_of(fields, 3, 32)
+    if not (2 <= bits <= 16 if count else bits == 0):
+        raise FaultError("FactorBitsError", f"{bits} bits")
+    factors = Bits("factors", bytes_of(fields, 4))
+    signs = Bits("signs", bytes_of(fields, 5))
+    found = reference_factored.read(
+        shapes, update.offset, d, heads, exponents, bits, factors.next, signs.next
+    )
+    factors.end()
+    signs.end()
+    update.values = reference_factored.values(shapes, update.offset, d, found)
+    rest = only(fields, 6, BYTES)
+    if rest is not None:
+        beside = Update(
+            update.tensors, update.layout_id, d, update.offset, update.base_version, {}, "golomb"
+        )
+        read_golomb(rest, beside)
+        if max(beside.scales, default=0.0) > 2.0**126:
+            raise FaultError("ScaleError", "a scale over 2^126 beside terms")
+        for i, value in enumerate(beside.dense()):
+            update.values[i] = reference_factored.rounded(update.values[i] + value)
 
 
 # --- Dense body -------------------------------------------------------------------------------
@@ -321,6 +366,7 @@ BODIES = {
     10: ("dense", read_dense),
     11: ("context", read_context),
     12: ("steps", read_steps),
+    13: ("factored", read_factored),
 }
 
 

@@ -14,6 +14,7 @@ import zlib
 from typing import Any
 
 import reference_context
+import reference_factored
 import reference_steps
 
 Tensors = list[tuple[str, tuple[int, ...], str]]  # name, shape, "f32" | "f16" | "bf16"
@@ -213,9 +214,31 @@ def steps(values: list[float], tensors: Tensors, offset: int = 0) -> tuple[int, 
     exponent = min(zeros) - 149 if zeros else 0
     integers = [unit >> (exponent + 149) for unit in units]
     code = reference_steps.write(integers, [shape for _, shape, _ in tensors], offset)
-    zigzag = 2 * exponent if exponent >= 0 else -2 * exponent - 1
     count = sum(q != 0 for q in integers)
-    return 12, number_field(1, zigzag) + number_field(2, count) + bytes_field(3, code)
+    return 12, number_field(1, zigzag(exponent)) + number_field(2, count) + bytes_field(3, code)
+
+
+def zigzag(value: int) -> int:
+    """A sint32 as the varint that stands for it."""
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def factored(
+    found: list[reference_factored.Matrix], rest: tuple[list[int], list[float]] | None = None
+) -> tuple[int, bytes]:
+    """The Factored of the terms of each matrix, and of signs and scales beside them."""
+    body = b""
+    if any(matrix.terms for matrix in found):
+        heads = [2 * len(matrix.terms) + (1 if matrix.flat else 0) for matrix in found]
+        body += bytes_field(1, b"".join(varint(head) for head in heads))
+        exponents = [exponent for matrix in found for exponent, _, _ in matrix.terms]
+        body += bytes_field(2, b"".join(varint(zigzag(exponent)) for exponent in exponents))
+        body += number_field(3, reference_factored.bits_of(found))
+        body += bytes_field(4, pack_bits(reference_factored.factor_bits(found)))
+        body += bytes_field(5, pack_bits(reference_factored.sign_bits(found)))
+    if rest is not None:
+        body += bytes_field(6, golomb(*rest)[1], always=True)
+    return 13, body
 
 
 BODIES = {

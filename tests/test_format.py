@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import compeft_fl as cf
 from compeft_fl import codecs, errors
+from compeft_fl.factored import FactoredVector, Terms
 from compeft_fl.kernels import cpu
 from compeft_fl.wire import messages
 from compeft_fl.wire.v1 import update_pb2
@@ -34,7 +35,7 @@ PROTO = (ROOT / "proto" / "compeft_fl" / "wire" / "v1" / "update.proto").read_te
 MANIFEST = json.loads((VECTORS / "manifest.json").read_text(encoding="utf-8"))
 
 sys.path.insert(0, str(VECTORS))
-from make_vectors import digest_of, make_input, reference_parts  # noqa: E402
+from make_vectors import digest_of, factored_of, make_input, reference_parts  # noqa: E402
 
 sys.path.remove(str(VECTORS))
 
@@ -132,6 +133,21 @@ def test_the_worked_example_is_read_by_both_decoders(name):
     )
 
 
+def test_the_worked_example_of_a_factored_body():
+    terms = Terms(
+        np.array([[3, -1]], np.int16),
+        np.array([-2], np.int32),
+        np.array([[0, 1, 0, 0, 1, 1, 0, 1]], np.bool_),
+    )
+    beside = ternary(EXAMPLE, [int(index == 30) for index in range(32)], [0.5])
+    update = FactoredVector(layout_of(EXAMPLE), [terms, None], beside)
+    blob = cf.encode(update, "factored", layout_by_id=True)
+    assert blob.hex(" ") == hex_of("factored").hex(" ")
+    read = cf.decode(blob, layout=layout_of(EXAMPLE))
+    assert read.values[[0, 1, 8, 9, 16, 30]].tolist() == [0.75, -0.75, -0.25, 0.25, 0.0, 0.5]
+    assert same_bits(reference_decoder.decode(blob, EXAMPLE).values, read.values)
+
+
 def test_the_layout_id_of_the_worked_example():
     assert hex_of("layout-id") == messages.layout_id(layout_of(EXAMPLE))
     assert hex_of("layout-id") == reference_decoder.id_of(EXAMPLE)
@@ -139,7 +155,9 @@ def test_the_layout_id_of_the_worked_example():
 
 
 def test_the_sizes_that_the_worked_example_tells():
-    for name, size in (("83", "example"), ("45", "bitmask"), ("41", "context")):
+    for name, size in (
+        ("83", "example"), ("45", "bitmask"), ("41", "context"), ("68", "factored"),
+    ):  # fmt: skip
         assert len(hex_of(size)) == int(name)
         assert f"{name} bytes" in FORMAT
 
@@ -239,6 +257,12 @@ def test_encode_reproduces_the_golden_files(name):
     content = make_input(case)
     if "scales" in case:
         update = ternary(tensors_of(case), content, case["scales"])
+    elif "terms" in case:
+        tensors = tensors_of(case)
+        update = factored_of(
+            case, layout_of(tensors), lambda signs: ternary(tensors, signs, case["rest"])
+        )
+        assert same_bits(update.values, content)
     else:
         update = cf.TaskVector(layout_of(tensors_of(case)), np.array(content, np.float32))
     blob = cf.encode(
@@ -393,7 +417,7 @@ def test_a_decoder_takes_any_rice_parameter(b, monkeypatch):
 
 def test_a_decoder_takes_fields_in_any_order_and_skips_those_it_does_not_know():
     number, data = reference_encoder.number_field, reference_encoder.bytes_field
-    unknown = number(13, 5) + data(2000, b"x" * 9) + b"\x69" + bytes(8) + b"\x75" + bytes(4)
+    unknown = number(14, 5) + data(2000, b"x" * 9) + b"\x71" + bytes(8) + b"\x75" + bytes(4)
     body = unknown + data(7, b"\x02") + data(5, b"\x03") + data(4, b"\0") + number(3, 2)
     body += number(2, 256) + b"\x0d" + b"\0\0\x80\x3f"  # unpacked: one count, one scale
     tensor = number(3, 2) + unknown + number(2, 1) + number(2, 2)

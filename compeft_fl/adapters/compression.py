@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from compeft_fl.adapters.weights import float32_pieces
 from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import compress
 from compeft_fl.errors import AdapterError
+from compeft_fl.factored import FactoredVector, Terms
+from compeft_fl.factorize import factorize
 from compeft_fl.quality import Quality
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
@@ -66,6 +68,7 @@ def compress_adapter(
     density: float = 0.05,
     scale: str | float = "norm",
     support: str = "fixed",
+    factored: bool = False,
 ) -> CompressedAdapter:
     """Compress an adapter's task vector.
 
@@ -76,6 +79,8 @@ def compress_adapter(
         The adapter as it was before training; see `compeft_fl.adapters.start_of`.
     density, scale, support
         As for `compeft_fl.compress`; without ``init``, of each factor by itself.
+    factored : bool
+        Low-rank signs in as many bits, see `compeft_fl.factorize.factorize`.
 
     Raises
     ------
@@ -95,6 +100,7 @@ def compress_adapter(
     everything = list(range(len(layout.tensors)))
     parts = [everything] if init is not None else factors.groups(adapter.method, layout)
     qualities = []
+    terms: list[Terms | None] = [None] * len(layout.tensors)
     words = (layout.num_parameters + 63) >> 6
     masks = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
     scales = np.zeros(len(layout.tensors), np.float32)
@@ -103,8 +109,18 @@ def compress_adapter(
         if tau.num_parameters == 0:
             continue
         tau.check_finite()
-        kept = compress(tau, density, scale, support)
-        qualities.append(Quality.of_compressed(tau, kept))
+        if factored:
+            found = factorize(tau, density)
+            qualities.append(Quality.of(tau, found))
+            filled = [index for index in indices if layout.sizes[index]]
+            for index, each in zip(filled, found.terms, strict=True):
+                terms[index] = each
+            if found.rest is None:
+                continue
+            kept = found.rest
+        else:
+            kept = compress(tau, density, scale, support)
+            qualities.append(Quality.of_compressed(tau, kept))
         scales[indices] = kept.scales[0]
         if indices == everything:
             masks = kept.positive, kept.negative
@@ -113,7 +129,11 @@ def compress_adapter(
                 _place(of, tau.layout, to, layout, indices)
         del tau
     one = scales[:1] if len(set(scales.tolist())) == 1 else scales
-    update = TernaryVector(layout, *masks, one)
+    ternary = TernaryVector(layout, *masks, one)
+    update: TernaryVector | FactoredVector = ternary
+    if factored:
+        has = [each for each, size in zip(terms, layout.sizes, strict=True) if size]
+        update = FactoredVector(layout, has, ternary if ternary.num_nonzeros else None)
     effect = None
     if init is None and len(parts) > 1:
         modules = _modules(adapter.method, layout)
@@ -238,22 +258,45 @@ def _modules(method: str, layout: Layout) -> list[list[tuple[str, int]]]:
 
 
 def _factor_pairs(
-    adapter: Adapter, update: TernaryVector, modules: list[list[tuple[str, int]]]
+    adapter: Adapter,
+    update: TernaryVector | FactoredVector,
+    modules: list[list[tuple[str, int]]],
 ) -> Iterator[tuple[factors.Factors, factors.Factors]]:
     """Per module, its factors as they are and as the update has them."""
-    positive, negative = (mask.view(np.uint8) for mask in (update.positive, update.negative))
-    offsets = update.layout.offsets.tolist()
-    scales = np.broadcast_to(update.scales, len(update.layout.tensors))
+    values_of = _factored_values(update) if isinstance(update, FactoredVector) else _signs(update)
     for found in modules:
         before, after = {}, {}
         for key, index in found:
             tensor = update.layout.tensors[index]
-            start, stop = offsets[index], offsets[index + 1]
             values = np.empty(tensor.size, np.float32)
             for at, piece in float32_pieces(adapter.state, tensor.name):
                 values[at : at + piece.size] = piece
-            signs = _bits(positive, start, stop).astype(np.float32)
-            signs -= _bits(negative, start, stop)
             before[key] = values.reshape(tensor.shape)
-            after[key] = (signs * scales[index]).reshape(tensor.shape)
+            after[key] = values_of(index).reshape(tensor.shape)
         yield before, after
+
+
+def _signs(update: TernaryVector) -> Callable[[int], NDArray[np.float32]]:
+    """The values of a tensor of ternary ones, by its index."""
+    positive, negative = (mask.view(np.uint8) for mask in (update.positive, update.negative))
+    offsets = update.layout.offsets.tolist()
+    scales = np.broadcast_to(update.scales, len(update.layout.tensors))
+
+    def values_of(index: int) -> NDArray[np.float32]:
+        signs = _bits(positive, offsets[index], offsets[index + 1]).astype(np.float32)
+        signs -= _bits(negative, offsets[index], offsets[index + 1])
+        signs *= scales[index]
+        return signs
+
+    return values_of
+
+
+def _factored_values(update: FactoredVector) -> Callable[[int], NDArray[np.float32]]:
+    """The values of a tensor of terms, by its index."""
+    offsets = update.layout.offsets
+
+    def values_of(index: int) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = update.values[offsets[index] : offsets[index + 1]]
+        return values
+
+    return values_of

@@ -36,6 +36,7 @@ def compression(
         return call_next(message, context)
     mod = CompressionMod(
         density=config.density,
+        energy=config.energy,
         scale=config.scale,
         support=config.support,
         error_feedback=config.error_feedback,

@@ -24,6 +24,7 @@ from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY
+from compeft_fl.reduction import ENERGY
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
 
@@ -185,8 +186,19 @@ class AppConfig:
     tie: str = _key(
         "zero", "ties: what a tied sign becomes", choices=("zero", "positive", "majority")
     )
-    density: float = _key(
-        0.1, "greatest part of the parameters that an update keeps", above=0, high=1
+    density: str | float = _key(
+        0.1,
+        "greatest part of the parameters that an update keeps; auto: what keeps the part energy",
+        kind="number or auto",
+        above=0,
+        high=1,
+    )
+    energy: float = _key(
+        ENERGY,
+        "density=auto: part of an update's energy that is kept; more in the first rounds, and on "
+        "nodes that are seldom asked",
+        above=0,
+        high=0.999,
     )
     scale: str | float = _key(
         "mean",
@@ -204,7 +216,8 @@ class AppConfig:
     )
     codec: str = _key(
         "golomb",
-        "codec of the uplink; auto: whichever arrives first over a link of link-mbps",
+        "codec of the uplink; factored: low-rank signs, in the density's bytes; auto: whichever "
+        "arrives first over a link of link-mbps",
         choices=(*(name for name in codecs.names() if name != "steps"), AUTO),
     )
     link_mbps: float = _key(
@@ -219,10 +232,17 @@ class AppConfig:
     downlink_codec: str = _key(
         "golomb",
         "codec of a change on the way down, where it is compressed",
-        choices=(*(name for name in codecs.names() if codecs.get(name).ternary), AUTO),
+        choices=(*(n for n in codecs.names() if codecs.get(n).ternary or n == "factored"), AUTO),
     )
-    downlink_density: float = _key(
-        0.2, "greatest part of the parameters that a change on the way down keeps", above=0, high=1
+    downlink_density: str | float = _key(
+        0.2,
+        "greatest part of the parameters that a change on the way down keeps, or auto",
+        kind="number or auto",
+        above=0,
+        high=1,
+    )
+    downlink_energy: float = _key(
+        ENERGY, "downlink-density=auto: as energy, of a change on the way down", above=0, high=0.999
     )
     downlink_scale: str | float = _key(
         "mean", "size of what is kept on the way down, as scale", kind="rule or number"

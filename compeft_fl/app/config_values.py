@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import printable
+from compeft_fl.reduction import AUTO
 
 __all__ = ["Scalar", "checked", "json_object", "shown", "suggestion"]
 
@@ -42,6 +43,13 @@ def checked(name: str, value: Any, meta: Mapping[str, Any]) -> Scalar:
         if number and not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{name}: expected a finite number over 0, found {shown(value)}")
         return value if isinstance(value, str) else float(value)
+    if kind == "number or auto":
+        if value == AUTO:
+            return AUTO
+        if not number:
+            raise ConfigError(f'{name}: expected a number or "auto", found {shown(value)}')
+        _check_range(name, value, meta)
+        return float(value)
     fits = {
         "text": isinstance(value, str),
         "integer": number and isinstance(value, int),

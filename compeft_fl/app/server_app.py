@@ -130,6 +130,7 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
         codec=config.downlink_codec if config.downlink == "compressed" else "dense",
         link_mbps=config.link_mbps,
         density=config.downlink_density,
+        energy=config.downlink_energy,
         scale=config.downlink_scale,
         support=config.downlink_support,
         first_contact="seed" if config.downlink == "compressed" else "snapshot",

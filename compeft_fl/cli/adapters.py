@@ -47,12 +47,17 @@ def compress(options: argparse.Namespace) -> int:
         )
     if options.output.is_dir():
         raise AdapterError(f"{options.output}: expected a file to write to, found a folder")
+    factored = options.codec == "factored"
+    if factored and any(x is not None for x in (options.scale, options.support)):
+        raise ParameterError("codec factored has scales of its own: no --scale, no --support")
     adapter = adapters.open_folder(options.folder)
     init = adapters.open_folder(options.init) if options.init else None
     if dense:
         made = keep_adapter(adapter, init, options.codec)
     else:
-        made = compress_adapter(adapter, init, density=density, scale=scale, support=support)
+        made = compress_adapter(
+            adapter, init, density=density, scale=scale, support=support, factored=factored
+        )
     num_bytes = files.write_update(
         options.output,
         made.update,

@@ -177,7 +177,8 @@ examples:
         "--codec",
         default="golomb",
         choices=codecs.names(),
-        help="how it is written (default golomb); the dense ones keep all parameters",
+        help="how it is written (default golomb); the dense ones keep all parameters, and factored "
+        "spends the bytes of the density on low-rank signs",
     )
     parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
 

@@ -28,7 +28,6 @@ from compeft_fl.client.privacy import Privacy, check_order, within_bound
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
-from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import CompeftError, ParameterError, ResyncError, StateError
 from compeft_fl.exchange.carried import Apart, follow_apart
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
@@ -57,6 +56,7 @@ from compeft_fl.exchange.records import (
 from compeft_fl.exchange.replica import Shipment
 from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay, within
 from compeft_fl.quality import Quality
+from compeft_fl.reduction import ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, decode_parts, encode_parts, inspect
@@ -85,8 +85,12 @@ class CompressionMod:
 
     Parameters
     ----------
-    density : float
-        In (0, 1]: the greatest share of parameters that is sent.
+    density : float or "auto"
+        In (0, 1]: the greatest share of parameters that is sent. "auto": as much as keeps a share
+        of the energy, and of support, signs and low-rank signs what does so in the fewest bytes.
+    energy : float
+        In (0, 1): that share, for density "auto" alone. More of it is kept in the first rounds, and
+        by a node that is seldom asked: `compeft_fl.reduction.floor_after`.
     scale : "mean", "norm" or float
         The scale rule, see `compeft_fl.compress`.
     support : "best" or "fixed"
@@ -100,6 +104,9 @@ class CompressionMod:
     codec : str
         A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
         no density, no scale, no residual. Or "auto": for each update the one that arrives first.
+        "factored": low-rank signs, in the bytes that ternary values of that density take; see
+        `compeft_fl.factorize`. With density "auto" it is the codec of those updates that are
+        ternary.
     link_mbps : float, optional
         The speed of this node's link in Mbit/s, for codec "auto" alone.
     initial_adapter : callable, optional
@@ -140,7 +147,8 @@ class CompressionMod:
     def __init__(
         self,
         *,
-        density: float = 0.1,
+        density: float | str = 0.1,
+        energy: float = ENERGY,
         scale: str | float = "mean",
         support: str = "best",
         error_feedback: bool = True,
@@ -151,17 +159,15 @@ class CompressionMod:
         tensors: TensorPolicy | Mapping[str, str] | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
-        check_density(density)
-        check_scale(scale)
-        check_support(support)
+        self.reduction = Reduction(density, scale, support, codec == "factored", energy)
         check_decay(residual_decay)
         if not isinstance(error_feedback, bool):
             raise ParameterError(f"expected error_feedback True or False, found {error_feedback!r}")
-        self.density, self.scale, self.error_feedback = density, scale, error_feedback
+        self.error_feedback = error_feedback
         auto.check(codec, link_mbps)
         self.codec, self.link_mbps = codec, link_mbps
         self._sends_dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
-        self.support, self.residual_decay = support, residual_decay
+        self.residual_decay = residual_decay
         self._initial_adapter = initial_adapter
         self.tensors = TensorPolicy.of(tensors)
         self._left: list[str] = []  # what the log has named
@@ -231,7 +237,7 @@ class CompressionMod:
         if trains and array_records(reply.content):
             with encoding:
                 state, quality = self._compress_outgoing(
-                    received, reply, state, offer.version, privacy
+                    received, reply, state, offer.version, privacy, offer.version - kept
                 )
             sent = state.trained
         if offer.last and not trains:  # training again may need what it keeps
@@ -269,12 +275,14 @@ class CompressionMod:
         return reply
 
     def _compress_outgoing(
-        self, received: Received, reply: Message, state: NodeState, version: int, privacy: Privacy
-    ) -> tuple[NodeState, Quality | None]:
+        self, received: Received, reply: Message, state: NodeState, version: int, privacy: Privacy,
+        absence: int = 1,
+    ) -> tuple[NodeState, Quality | None]:  # fmt: skip
         """Replace the trained arrays by the Update that they are; the state with what is left."""
         changes = changes_in(reply, received, self.tensors)
         self._say_left(changes.left)
         tau, residual, quality = changes.tau, None, None
+        reduction = self.reduction.after(version, absence)
         bound = privacy.left_for(changes.carried_norm)
         if self._sends_dense:
             codec = codecs.get(self.codec)
@@ -284,22 +292,17 @@ class CompressionMod:
             fits = state.layout in {None, tau.layout}
             if not fits:
                 LOGGER.warning("CompressionMod: the residual is for another layout; it is dropped")
-            feedback = ErrorFeedback(
-                self.density,
-                self.scale,
-                state.residual if fits else None,
-                support=self.support,
-                decay=self.residual_decay,
+            feedback = ErrorFeedback.of(
+                reduction, state.residual if fits else None, self.residual_decay
             )
-            update = feedback.compress(tau, bound)
+            update: Update = feedback.compress(tau, bound)
             parts = self._encode(update, version)
             residual = feedback.residual
             if math.isinf(bound):  # figures of what was not made private are not for others
                 quality = feedback.quality
             _log_pressure(feedback)
         else:
-            update = compress(tau, self.density, self.scale, self.support)
-            update = within(update, bound)
+            update = within(reduction(tau), bound)
             parts = self._encode(update, version)
         content = {**reply.content, changes.key: update_record(parts, tau.num_parameters)}
         if changes.carried is not None:
@@ -314,7 +317,7 @@ class CompressionMod:
     def _encode(self, update: Update, version: int) -> list[bytes]:
         return encode_parts(
             update,
-            self.codec,
+            auto.codec_of(update, self.codec),
             link_mbps=self.link_mbps,
             layout_by_id=True,
             base_version=version,
@@ -360,9 +363,9 @@ def _log_pressure(feedback: ErrorFeedback) -> None:
     else:
         LOGGER.warning(
             "CompressionMod: the residual is %.3g times the update: if that grows, raise the "
-            "density (%g) or lower residual_decay (%g) or the learning rate",
+            "density (%s) or lower residual_decay (%g) or the learning rate",
             feedback.pressure,
-            feedback.density,
+            feedback.reduction.density,
             feedback.decay,
         )
 

@@ -1,7 +1,7 @@
 """The codecs, by name. One file each; a name stands for its bytes for ever.
 
 >>> names()
-('golomb', 'bitmask', 'dense', 'dense-fp16', 'dense-bf16', 'context', 'steps')
+('golomb', 'bitmask', 'dense', 'dense-fp16', 'dense-bf16', 'context', 'steps', 'factored')
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from compeft_fl.codecs.base import Codec
 from compeft_fl.codecs.bitmask import Bitmask
 from compeft_fl.codecs.context import Context
 from compeft_fl.codecs.dense import Dense, DenseBFloat16, DenseFloat16
+from compeft_fl.codecs.factored import Factored
 from compeft_fl.codecs.golomb import Golomb
 from compeft_fl.codecs.steps import Steps
 from compeft_fl.errors import ParameterError
@@ -62,5 +63,14 @@ def reader_of(field: str) -> Codec:
     return _BY_FIELD[field]
 
 
-for _codec in (Golomb(), Bitmask(), Dense(), DenseFloat16(), DenseBFloat16(), Context(), Steps()):
+for _codec in (
+    Golomb(),
+    Bitmask(),
+    Dense(),
+    DenseFloat16(),
+    DenseBFloat16(),
+    Context(),
+    Steps(),
+    Factored(),
+):
     register(_codec)

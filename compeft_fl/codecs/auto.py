@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import ParameterError
+from compeft_fl.factored import FactoredVector
 
 if TYPE_CHECKING:
     from compeft_fl.codecs.base import Update
     from compeft_fl.ternary import TernaryVector
 
-__all__ = ["AUTO", "SPEEDS", "Speed", "check", "choose"]
+__all__ = ["AUTO", "SPEEDS", "Speed", "check", "choose", "codec_of"]
 
 AUTO: Final = "auto"
 WINDOW: Final = 1 << 18  # parameters
@@ -70,10 +71,24 @@ def check(codec: str, link_mbps: float | None) -> None:
         )
 
 
+def codec_of(update: Update, codec: str) -> str:
+    """The codec of an update whose form was chosen by energy; ``codec`` is that of ternary ones.
+
+    Examples
+    --------
+    >>> from compeft_fl import TaskVector
+    >>> from compeft_fl.factorize import factorize
+    >>> update = factorize(TaskVector.from_dict({"w": np.ones((4, 9), "f4")}))
+    >>> codec_of(update, "golomb")
+    'factored'
+    """
+    return "factored" if isinstance(update, FactoredVector) else codec
+
+
 def choose(update: Update, codec: str, link_mbps: float | None = None) -> str:
     """A codec's name: the given one, or for "auto" that with the least time over the link.
 
-    A TaskVector has one lossless codec, "dense".
+    A TaskVector has one lossless codec, "dense", and a FactoredVector "factored".
 
     Parameters
     ----------
@@ -101,7 +116,7 @@ def choose(update: Update, codec: str, link_mbps: float | None = None) -> str:
     if codec != AUTO:
         return codec
     if not isinstance(update, TernaryVector):
-        return "dense"
+        return codec_of(update, "dense")
     assert link_mbps is not None
     seconds_per_byte = 8e-6 / link_mbps
     d, nonzeros = update.num_parameters, update.num_nonzeros

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import ScaleCountError, ScaleError
+from compeft_fl.factored import FactoredVector
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -22,7 +23,8 @@ Update = TernaryVector | TaskVector
 class Part:
     """A decoded body: parameters ``start .. stop`` of a layout.
 
-    ``masks`` and ``scales`` for a ternary body, ``values`` (float32) for a dense one.
+    ``masks`` and ``scales`` for a ternary body, ``factored`` for a whole update of terms, else
+    ``values`` (float32).
     """
 
     start: int
@@ -30,6 +32,7 @@ class Part:
     masks: tuple[Any, Any] | None = None
     scales: NDArray[np.float32] | None = None
     values: NDArray[np.float32] | None = None
+    factored: FactoredVector | None = None
 
 
 class Codec(ABC):

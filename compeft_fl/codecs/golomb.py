@@ -93,8 +93,8 @@ class Golomb(Codec):
                 f"found {nonzeros[block]}"
             )
         total = int(nonzeros.sum())
-        _check_bits("remainders", body.remainders, int((nonzeros * rice).sum()))
-        _check_bits("signs", body.signs, total)
+        check_bits("remainders", body.remainders, int((nonzeros * rice).sum()))
+        check_bits("signs", body.signs, total)
         _check_quotients(body.quotients, total)
         level = size.bit_length() - 1
         masks: list[Any]
@@ -116,7 +116,7 @@ class Golomb(Codec):
         return num_parameters * 5 // 16 + 4096
 
 
-def _check_bits(name: str, stream: bytes, bits: int) -> None:
+def check_bits(name: str, stream: bytes, bits: int) -> None:
     """A stream of a known number of bits: the right length, and nothing after its end."""
     expected = (bits + 7) >> 3
     if len(stream) != expected:

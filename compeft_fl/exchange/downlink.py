@@ -15,20 +15,29 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.compeft import check_density, check_scale, check_support, compress
+from compeft_fl.codecs.auto import codec_of
 from compeft_fl.errors import (
     LayoutMismatchError,
     ParameterError,
     StateError,
-    WireError,
 )
 from compeft_fl.exchange.grid import Grid, step_near
-from compeft_fl.exchange.replica import MAX_DELTAS, Shipment, add_in_place, digest_of, on_cpu
+from compeft_fl.exchange.replica import (
+    MAX_DELTAS,
+    Shipment,
+    add_in_place,
+    checked_delta,
+    digest_of,
+    on_cpu,
+)
+from compeft_fl.factored import FactoredVector
+from compeft_fl.reduction import ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
@@ -36,6 +45,12 @@ from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
 __all__ = ["Downlink", "distance"]
 
 
+_INSTEAD = 0.2  # the density of a ternary delta, where a factored one would leave the grid
+_SELDOM = (
+    2.5  # versions that a node lacks in the mean: from here on sums of low-rank signs, which are
+)
+# vectors of many different integers, are more bytes than those of ternary deltas
+_LATEST = 0.1  # the part of that mean that the last node has
 _NOTHING = Shipment("nothing")
 
 
@@ -75,28 +90,27 @@ class Downlink:
         self,
         adapter: TaskVector,
         *,
-        density: float = 0.2,
+        density: float | str = 0.2,
         scale: str | float = "mean",
         codec: str = "golomb",
         link_mbps: float | None = None,
         support: str = "best",
         coarse_start: bool = False,
+        energy: float = ENERGY,
     ) -> None:
         from compeft_fl import codecs
         from compeft_fl.codecs import auto
         from compeft_fl.codecs.dense import Dense
 
-        check_density(density)
-        check_scale(scale)
-        check_support(support)
+        self.reduction = Reduction(density, scale, support, codec == "factored", energy)
         adapter.check_finite()
         auto.check(codec, link_mbps)
-        self.density, self.scale, self.codec, self.link_mbps = density, scale, codec, link_mbps
-        self.support = support
+        self.codec, self.link_mbps = codec, link_mbps
         self._dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.layout = adapter.layout
         self.version = 0
         self._coarse = coarse_start
+        self._absence = 1.0  # the versions that a node lacks, in the mean
         self.shared: NDArray[np.float32]  # theta_shared
         self._begin(on_cpu(adapter), 0)
         self._log: OrderedDict[int, bytes] = OrderedDict()  # version -> the delta that made it
@@ -140,11 +154,11 @@ class Downlink:
             self._log.clear()
         else:
             delta = self._delta(_difference(target, self.shared))
-            if not delta.num_nonzeros:
+            if isinstance(delta, TernaryVector) and not delta.num_nonzeros:
                 return
             blob = encode(
                 delta,
-                self.codec,
+                codec_of(delta, self.codec),
                 link_mbps=self.link_mbps,
                 layout_by_id=True,
                 base_version=self.version,
@@ -165,11 +179,22 @@ class Downlink:
             self.shared, self._cuts = self.grid.coarse(adapter, self.layout)
         self._start, self._started = self.shared, version
 
-    def _delta(self, difference: NDArray[np.float32]) -> TernaryVector:
-        """The ternary vector on the grid that theta_shared moves by."""
-        delta = compress(
-            TaskVector(self.layout, difference), self.density, self.scale, self.support
+    def _delta(self, difference: NDArray[np.float32]) -> TernaryVector | FactoredVector:
+        """The vector on the grid that theta_shared moves by."""
+        tau = TaskVector(self.layout, difference)
+        seldom = self._absence > _SELDOM
+        reduction = replace(
+            self.reduction.after(self.version, round(self._absence)),
+            low_rank=not seldom,
         )
+        delta = reduction(tau, self.grid.exponent)
+        if isinstance(delta, FactoredVector):
+            values: Any = delta.values
+            reached = np.abs(self.shared + values).max(initial=0.0)
+            if (delta.num_terms or delta.rest is not None) and reached < self.grid.limit:
+                return delta
+            delta = replace(self.reduction, density=_INSTEAD, factored=False)(tau)
+            assert isinstance(delta, TernaryVector)
         scale = float(delta.scales[0]) if delta.scales.size else 0.0
         if not delta.num_nonzeros or not scale:
             return delta
@@ -188,6 +213,8 @@ class Downlink:
         Version 0 is every node's that can make the start, at any time. One object for each answer,
         as long as the version stands.
         """
+        if version is not None and 0 <= version < self.version:
+            self._absence += _LATEST * (self.version - version - self._absence)
         if version == self.version:
             return _NOTHING
         if version is None:
@@ -222,10 +249,7 @@ class Downlink:
         if reached < version:
             reached, moved = self.version, np.zeros_like(self.shared)
         for each in range(reached, version, -1):
-            delta = decode(self._log[each], layout=self.layout)
-            if not isinstance(delta, TernaryVector):
-                raise WireError("expected a ternary delta in the log, found a dense update")
-            add_in_place(moved, delta)
+            add_in_place(moved, checked_delta(decode(self._log[each], layout=self.layout)))
         self._sum = (version, moved)
         return moved
 

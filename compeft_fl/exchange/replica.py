@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import VersionError, WireError
+from compeft_fl.factored import FactoredVector
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, inspect
@@ -22,6 +23,7 @@ __all__ = [
     "Replica",
     "Shipment",
     "add_in_place",
+    "checked_delta",
     "digest_of",
     "on_cpu",
 ]
@@ -105,9 +107,7 @@ class Replica:
         values = self.values.copy()
         for i, blob in enumerate(blobs):
             delta = decode(blob, layout=self.layout, base_version=self.version + i)
-            if not isinstance(delta, TernaryVector):
-                raise WireError("expected a ternary delta, found a dense update")
-            add_in_place(values, delta)
+            add_in_place(values, checked_delta(delta))
         return Replica(self.layout, values, version)
 
     def catch_up(self, blobs: Sequence[bytes], version: int) -> Replica:
@@ -155,10 +155,27 @@ class Replica:
         return digest_of(self.values)
 
 
-def add_in_place(values: NDArray[np.float32], delta: TernaryVector) -> None:
+def checked_delta(delta: TernaryVector | TaskVector) -> TernaryVector | FactoredVector:
+    """A delta of one version.
+
+    Raises
+    ------
+    WireError
+        A dense update.
+    """
+    if not isinstance(delta, TernaryVector | FactoredVector):
+        raise WireError("expected a ternary or factored delta, found a dense update")
+    return delta
+
+
+def add_in_place(values: NDArray[np.float32], delta: TernaryVector | FactoredVector) -> None:
     """Add a delta in place; the same float32 operations on the server and on every node."""
     from compeft_fl.kernels import cpu
 
+    if isinstance(delta, FactoredVector):
+        for where, piece in delta.pieces():
+            values[where] += piece
+        return
     cpu.add_ternary(values, delta.positive, delta.negative, delta.scales, delta.bounds)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import LayoutError, ParameterError
+from compeft_fl.factored import FactoredVector
 from compeft_fl.quality import Quality
+from compeft_fl.reduction import ENERGY, Reduction, quality_of
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 
@@ -34,8 +35,8 @@ class ErrorFeedback:
 
     Parameters
     ----------
-    density : float
-        In (0, 1]: the greatest share of parameters that is sent.
+    density : float or "auto"
+        In (0, 1]: the greatest share of parameters that is sent. "auto": what keeps ``energy``.
     scale : "norm", "mean" or float
         See `compeft_fl.compress`. "mean" is the least-squares choice, with which the residual
         shrinks most.
@@ -45,6 +46,8 @@ class ErrorFeedback:
         See `compeft_fl.compress`.
     decay : float
         In [0, 1]: the part of the residual that is added to the next task vector. 1: all of it.
+    factored, energy
+        See `compeft_fl.reduction.Reduction`.
 
     Attributes
     ----------
@@ -70,23 +73,31 @@ class ErrorFeedback:
 
     def __init__(
         self,
-        density: float = 0.1,
+        density: float | str = 0.1,
         scale: str | float = "mean",
         residual: NDArray[np.float32] | None = None,
         *,
         support: str = "best",
         decay: float = RESIDUAL_DECAY,
+        factored: bool = False,
+        energy: float = ENERGY,
     ) -> None:
-        check_density(density)
-        check_scale(scale)
-        check_support(support)
         check_decay(decay)
-        self.density, self.scale, self.residual = density, scale, residual
-        self.support, self.decay = support, decay
+        self.reduction = Reduction(density, scale, support, factored, energy)
+        self.residual, self.decay = residual, decay
         self.pressure = 0.0
         self.quality: Quality | None = None
 
-    def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector:
+    @classmethod
+    def of(
+        cls, reduction: Reduction, residual: NDArray[np.float32] | None, decay: float
+    ) -> ErrorFeedback:
+        """The same with what is sent as a `Reduction` says."""
+        made = cls(residual=residual, decay=decay)
+        made.reduction = reduction
+        return made
+
+    def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector | FactoredVector:
         """C(tau + decay * residual), of which the residual is then what is left.
 
         Parameters
@@ -125,18 +136,27 @@ class ErrorFeedback:
 
                 rest = torch.from_numpy(self.residual).to(values.device)
             total = TaskVector(tau.layout, values + float(self.decay) * rest)
-        sent = within(compress(total, self.density, self.scale, self.support), bound)
-        self.quality = Quality.of_compressed(total, sent)
+        sent = within(self.reduction(total), bound)
+        self.quality = quality_of(total, sent)
         self.residual = _difference(total, sent)
         length = _norm(tau.values)
         self.pressure = _norm(self.residual) / length if length else 0.0
         return sent
 
 
-def within(update: TernaryVector, bound: float) -> TernaryVector:
-    """The update with its scale lowered, where its norm is over a bound."""
+def within(update: TernaryVector | FactoredVector, bound: float) -> TernaryVector | FactoredVector:
+    """The update with its scale lowered, where its norm is over a bound.
+
+    That of low-rank signs is lowered to a power of two of what it was.
+    """
+    if math.isinf(bound):
+        return update
+    if isinstance(update, FactoredVector):
+        while (norm := _norm(update.values)) > bound:
+            update = update.halved(max(1, math.floor(math.log2(norm / bound))) if bound else 150)
+        return update
     number = update.num_nonzeros
-    if math.isinf(bound) or not number or float(update.scales[0]) * math.sqrt(number) <= bound:
+    if not number or float(update.scales[0]) * math.sqrt(number) <= bound:
         return update
     scale = np.float32(bound / math.sqrt(number))
     if float(scale) * math.sqrt(number) > bound:
@@ -153,7 +173,7 @@ def _norm(values: Any) -> float:
     return math.sqrt(kernels.sum_squares(values))
 
 
-def _difference(total: TaskVector, sent: TernaryVector) -> NDArray[np.float32]:
+def _difference(total: TaskVector, sent: TernaryVector | FactoredVector) -> NDArray[np.float32]:
     """What is left of ``total``, on the CPU."""
     values: Any = total.values
     if is_torch(values):
@@ -162,5 +182,9 @@ def _difference(total: TaskVector, sent: TernaryVector) -> NDArray[np.float32]:
     from compeft_fl.kernels import cpu
 
     left: NDArray[np.float32] = values.copy()
+    if isinstance(sent, FactoredVector):
+        for where, piece in sent.pieces():
+            left[where] -= piece
+        return left
     cpu.add_ternary(left, sent.positive, sent.negative, sent.scales, sent.bounds, -1.0)
     return left

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, NonFiniteError, ParameterError
+from compeft_fl.factored import FactoredVector
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode
@@ -82,7 +83,8 @@ class Accumulator(ABC):
         Parameters
         ----------
         update : bytes, TernaryVector or TaskVector
-            Bytes are decoded and checked first; a ternary update never becomes a dense vector.
+            Bytes are decoded and checked first; a ternary update never becomes a dense vector, and
+            low-rank signs become one tensor at a time.
         weight : float
             Positive: the client's number of examples, say.
 
@@ -106,6 +108,10 @@ class Accumulator(ABC):
             if pending.full:
                 self._fold(pending)
             pending.add(update.positive, update.negative, update.scales, weight)
+        elif isinstance(update, FactoredVector):
+            sums = self._summed(update.layout)
+            for where, values in update.pieces():
+                self._add_dense(sums[where], values, weight)
         else:
             dense: Any = update.values
             values = dense.cpu().numpy() if is_torch(dense) else dense

@@ -8,6 +8,7 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, distance
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.exchange.uplink import AT_RISK
+from compeft_fl.reduction import ENERGY
 from compeft_fl.task_vector import TaskVector
 
 __all__ = ["DownlinkOptions", "log_lag"]
@@ -23,11 +24,16 @@ class DownlinkOptions:
     ----------
     codec : str
         Of the deltas. A dense codec sends the whole adapter in each version; "auto" writes each
-        delta in the codec that arrives first.
+        delta in the codec that arrives first; "factored" is low-rank signs, for nodes that are
+        asked in nearly every round.
     link_mbps : float, optional
         The speed of a node's link in Mbit/s, for codec "auto" alone.
-    density : float
-        In (0, 1]: the greatest share of parameters of a delta.
+    density : float or "auto"
+        In (0, 1]: the greatest share of parameters of a delta. "auto": as much as keeps a share of
+        the energy, in the form that does so in the fewest bytes.
+    energy : float
+        In (0, 1): that share, for density "auto" alone; more in the first rounds, and where nodes
+        are asked seldom.
     scale : "mean", "norm" or float
         The deltas' scale rule, see `compeft_fl.compress`.
     support : "best" or "fixed"
@@ -46,11 +52,12 @@ class DownlinkOptions:
     """
 
     codec: str = "golomb"
-    density: float = 0.2
+    density: float | str = 0.2
     scale: str | float = "mean"
     first_contact: str = "coarse"
     link_mbps: float | None = None
     support: str = "best"
+    energy: float = ENERGY
 
     def __post_init__(self) -> None:
         if self.first_contact not in FIRST_CONTACTS:
@@ -68,6 +75,7 @@ class DownlinkOptions:
             support=self.support,
             codec=self.codec,
             link_mbps=self.link_mbps,
+            energy=self.energy,
             coarse_start=self.first_contact == "coarse",
         )
 
@@ -86,7 +94,7 @@ def log_lag(downlink: Downlink, adapter: TaskVector, before: TaskVector | None) 
     else:
         LOGGER.warning(
             "the nodes' copy of the adapter lags by %.3g times its change: if that grows, raise "
-            "the density on the way down (%g), or send the adapter dense",
+            "the density on the way down (%s), or send the adapter dense",
             lag,
-            downlink.density,
+            downlink.reduction.density,
         )

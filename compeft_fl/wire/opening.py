@@ -98,7 +98,8 @@ class Opened:
         if self.dense:
             values = np.empty(total, np.float32)
             for part in self._parts():
-                values[part.start : part.stop] = part.values
+                found = part.values if part.factored is None else part.factored.values
+                values[part.start : part.stop] = found
             if device is not None:
                 import torch
 
@@ -120,6 +121,8 @@ class Opened:
 
     def _single(self, device: Any) -> Update:
         part = self._decoded(self._messages.pop(), device)
+        if part.factored is not None:
+            return part.factored
         if part.masks is None:
             return TaskVector(self.layout, part.values)  # type: ignore[arg-type]
         return TernaryVector(self.layout, *part.masks, part.scales)
@@ -212,7 +215,13 @@ def _check_plausible(messages: list[Any], bodies: list[Any], most: int | None) -
 
 def _stream_bytes(body: Any) -> int:
     """The bytes that say something of parameters: streams, whose lengths are checked exactly."""
-    return sum(len(value) for _, value in body.ListFields() if isinstance(value, bytes))
+    total = 0
+    for field, value in body.ListFields():
+        if isinstance(value, bytes):
+            total += len(value)
+        elif field.message_type is not None:  # ternary values beside terms
+            total += _stream_bytes(value)
+    return total
 
 
 def _check_coverage(messages: list[Any], layout: Layout) -> None:
@@ -287,5 +296,5 @@ def _checked_message(blob: bytes) -> Any:
     if message.crc32:
         raise MalformedError("expected one checksum, at the end; found field 15 also before it")
     if message.WhichOneof("body") is None:
-        raise MissingBodyError("expected a body (field 8 to 12), found none that is known")
+        raise MissingBodyError("expected a body (field 8 to 13), found none that is known")
     return message

@@ -1,9 +1,10 @@
 """Write the golden files of the update format: tests/vectors/*.compeft and manifest.json.
 
 Golden files pin the bytes: they were written once, and a change that makes them differ is a change
-of the format. No test runs this script, and it overwrites nothing unless told to with ``--force``.
+of the format. No test runs this script, and it overwrites nothing unless told to with ``--force``;
+with ``--add`` it writes the files of cases that are new, and the manifest with them.
 
-    python tests/vectors/make_vectors.py [--force]
+    python tests/vectors/make_vectors.py [--add | --force]
 
 Each case of the manifest says how its input was made (`make_input` repeats it from the seed), how
 it was encoded, and what it decodes to. Whole updates were written by compeft_fl.encode, and only if
@@ -25,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 import reference_encoder  # noqa: E402
+import reference_factored  # noqa: E402
 
 MANIFEST = HERE / "manifest.json"
 
@@ -121,6 +123,18 @@ CASES: list[dict[str, Any]] = [
      "exponent": 0},
     {"name": "parts-steps", "codec": ["steps", "steps", "dense"], "tensors": LORA,
      "exponent": -3, "parts": [[0, 500], [500, 1152], [1152, 1536]]},
+    {"name": "factored", "codec": "factored", "tensors": RANKS, "terms": [2, 1, 0, -1]},
+    {"name": "factored-by-id", "codec": "factored", "tensors": LORA, "terms": [1, 3, -2, 1],
+     "rest": [0.0123], "layout_by_id": True, "base_version": 300},
+    {"name": "factored-odd-layout", "codec": "factored", "tensors": ODD, "terms": [1, 2, -1],
+     "rest": [0.5, 1.0, 0.0, 2.0, 3e-38]},
+    {"name": "factored-wide", "codec": "factored", "tensors": WIDE, "terms": [2, 1], "bits": 16},
+    {"name": "factored-many", "codec": "factored", "tensors": [["w", [3, 40], "f32", 0.0]],
+     "terms": [255], "bits": 2},
+    {"name": "factored-zero", "codec": "factored", "tensors": [["w", [5_000], "f32", 0.0]],
+     "terms": [0]},
+    {"name": "parts-factored", "codec": ["factored", "dense", "factored"], "tensors": LORA,
+     "terms": [2, 1, 0, 3], "rest": [2.0], "parts": [[0, 384], [384, 1152], [1152, 1536]]},
 ]  # fmt: skip
 
 
@@ -143,8 +157,23 @@ def make_input(case: dict[str, Any]) -> list[int] | list[float]:
     Only ``random.Random.random`` is used, whose numbers are the same in all versions of Python.
     With "rank_one", sign and density are products of what a row and what a column has, and one sign
     in eight is turned. With "exponent", values are steps of 2^exponent, each further one half as
-    likely, or of up to so many "bits".
+    likely, or of up to so many "bits". With "terms", values are sums of so many terms, see
+    `make_terms`.
     """
+    if "terms" in case:
+        found, signs = make_terms(case)
+        shapes = [tuple(shape) for _, shape, _, _ in case["tensors"]]
+        sums = reference_factored.values(shapes, 0, sum(map(size_of, shapes)), found)
+        if "rest" not in case:
+            return sums
+        scales = [to_float32(scale) for scale in case["rest"]]
+        each = [s for s, shape in zip(scales, shapes, strict=False) for _ in range(size_of(shape))]
+        return [
+            reference_factored.rounded(value + sign * scale)
+            for value, sign, scale in zip(
+                sums, signs, each if len(scales) > 1 else scales * len(sums), strict=True
+            )
+        ]
     rng = random.Random(case["seed"])
     if case.get("rank_one"):
         signs = []
@@ -180,6 +209,53 @@ def make_input(case: dict[str, Any]) -> list[int] | list[float]:
     return values
 
 
+def make_terms(case: dict[str, Any]) -> tuple[list[reference_factored.Matrix], list[int]]:
+    """The case's terms for each tensor that has parameters, and the signs of what is beside them.
+
+    So many "terms" each, flat ones where the number is negative; integers of so many "bits", of 5
+    where it does not say.
+    """
+    rng = random.Random(case["seed"])
+    found, signs, bits = [], [], case.get("bits", 5)
+    filled = [shape for _, shape, _, _ in case["tensors"] if size_of(shape)]
+    for shape, count in zip(filled, case["terms"], strict=True):
+        columns = shape[-1] if shape else 1
+        matrix = reference_factored.Matrix(flat=count < 0)
+        s, lines = reference_factored.sides(size_of(shape) // columns, columns, matrix.flat)
+        for _ in range(abs(count)):
+            factors = [int(rng.random() * 2**bits) - 2 ** (bits - 1) for _ in range(s)]
+            exponent = int(rng.random() * 40) - 30
+            negative = [int(rng.random() < 0.5) for _ in range(lines)]
+            matrix.terms.append((exponent, factors, negative))
+        found.append(matrix)
+    for _, shape, _, density in case["tensors"]:
+        for _ in range(size_of(shape)):
+            kept, minus = rng.random() < density, rng.random() < 0.5
+            signs.append((-1 if minus else 1) if kept else 0)
+    return found, signs
+
+
+def factored_of(case: dict[str, Any], layout: Any, ternary: Any) -> Any:
+    """The case's terms as the package has them; ``ternary`` makes signs and scales a vector."""
+    import numpy as np
+
+    from compeft_fl.factored import FactoredVector, Terms
+
+    found, signs = make_terms(case)
+    terms = [
+        Terms(
+            np.array([factors for _, factors, _ in matrix.terms], np.int16),
+            np.array([exponent for exponent, _, _ in matrix.terms], np.int32),
+            np.array([negative for _, _, negative in matrix.terms], np.bool_),
+            matrix.flat,
+        )
+        if matrix.terms
+        else None
+        for matrix in found
+    ]
+    return FactoredVector(layout, terms, ternary(signs) if "rest" in case else None)
+
+
 def digest_of(content: list[int] | list[float], scales: list[float] | None) -> str:
     """SHA-256 of what an update says, parameter by parameter.
 
@@ -195,7 +271,7 @@ def digest_of(content: list[int] | list[float], scales: list[float] | None) -> s
 
 def as_decoded(codec: str, values: list[float]) -> list[float]:
     """Values after the rounding of a dense codec."""
-    if codec in ("dense", "steps"):
+    if codec in ("dense", "steps", "factored"):
         return values
     if codec == "dense-fp16":
         return [struct.unpack("<e", struct.pack("<e", value))[0] for value in values]
@@ -209,9 +285,13 @@ def reference_parts(case: dict[str, Any]) -> list[bytes]:
     codecs = case["codec"] if isinstance(case["codec"], list) else [case["codec"]]
     blobs = []
     for i, (start, stop) in enumerate(case.get("parts", [[0, len(content)]])):
-        body = reference_encoder.body_of(
-            codecs[i % len(codecs)], content[start:stop], case.get("scales"), tensors, start
-        )
+        codec = codecs[i % len(codecs)]
+        if codec == "factored":
+            body = reference_encoder.factored(*terms_within(case, start, stop))
+        else:
+            body = reference_encoder.body_of(
+                codec, content[start:stop], case.get("scales"), tensors, start
+            )
         blobs.append(
             reference_encoder.message(
                 tensors,
@@ -226,6 +306,22 @@ def reference_parts(case: dict[str, Any]) -> list[bytes]:
     return blobs
 
 
+def terms_within(
+    case: dict[str, Any], start: int, stop: int
+) -> tuple[list[reference_factored.Matrix], tuple[list[int], list[float]] | None]:
+    """What `reference_encoder.factored` takes, of the whole tensors in start .. stop."""
+    found, signs = make_terms(case)
+    inside, first = [], 0
+    filled = [size_of(shape) for _, shape, _, _ in case["tensors"] if size_of(shape)]
+    for size, matrix in zip(filled, found, strict=True):
+        if start <= first < stop:
+            inside.append(matrix)
+        first += size
+    if "rest" not in case:
+        return inside, None
+    return inside, (signs[start:stop], case["rest"])
+
+
 def package_blob(case: dict[str, Any]) -> bytes:
     """The case as compeft_fl writes it."""
     import numpy as np
@@ -238,13 +334,19 @@ def package_blob(case: dict[str, Any]) -> bytes:
     )
     content = make_input(case)
     update: TaskVector | TernaryVector
-    if "scales" in case:
+
+    def ternary(signs: list[int], scales: str) -> TernaryVector:
         masks = []
         for wanted in (1, -1):
-            bits = np.zeros(64 * ((len(content) + 63) // 64), np.uint8)
-            bits[: len(content)] = [sign == wanted for sign in content]
+            bits = np.zeros(64 * ((len(signs) + 63) // 64), np.uint8)
+            bits[: len(signs)] = [sign == wanted for sign in signs]
             masks.append(np.packbits(bits, bitorder="little").view(np.uint64))
-        update = TernaryVector(layout, masks[0], masks[1], np.array(case["scales"], np.float32))
+        return TernaryVector(layout, masks[0], masks[1], np.array(case[scales], np.float32))
+
+    if "scales" in case:
+        update = ternary(content, "scales")  # type: ignore[arg-type]
+    elif "terms" in case:
+        update = factored_of(case, layout, lambda signs: ternary(signs, "rest"))
     else:
         update = TaskVector(layout, np.array(content, np.float32))
     return encode(
@@ -290,13 +392,23 @@ def main() -> None:
     """Write all golden files, or say which of them is there already."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--force", action="store_true", help="overwrite the files that are there")
-    force = parser.parse_args().force
+    parser.add_argument("--add", action="store_true", help="write those of new cases alone")
+    options = parser.parse_args()
+    force = options.force
     for index, case in enumerate(CASES):
         case["seed"] = 20_231_113 + index
     pending: dict[Path, bytes] = {}
     entries = [write_case(case, pending.__setitem__) for case in CASES]
     manifest = {"about": __doc__.strip(), "digest": digest_of.__doc__.strip(), "cases": entries}
     pending[MANIFEST] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    if options.add:
+        old = {case["name"]: case for case in json.loads(MANIFEST.read_bytes())["cases"]}
+        if [old[case["name"]] for case in entries if case["name"] in old] != list(old.values()):
+            sys.exit("expected the cases that are there, found others: nothing written")
+        for path in [path for path in pending if path != MANIFEST and path.exists()]:
+            if pending.pop(path) != path.read_bytes():
+                sys.exit(f"{path.name} would have other bytes: nothing written")
+        force = True
     there = sorted(path.name for path in pending if path.exists())
     if there and not force:
         sys.exit(f"{len(there)} files are there already ({there[0]}, ...): nothing written")

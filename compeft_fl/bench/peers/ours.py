@@ -10,10 +10,11 @@ from compeft_fl import codecs
 from compeft_fl.bench.peers.base import Floats, PeerCodec, Reader
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import compress
+from compeft_fl.factorize import factorize
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import MAX_BODY_BYTES, decode, decode_parts, encode, encode_parts
 
-__all__ = ["DensePeer", "TernaryPeer", "registered"]
+__all__ = ["DensePeer", "FactoredPeer", "TernaryPeer", "registered"]
 
 
 class TernaryPeer(PeerCodec):
@@ -39,6 +40,22 @@ class TernaryPeer(PeerCodec):
     def _encode(self, values: Floats, layout: Layout, seed: int) -> bytes:
         update = compress(TaskVector(layout, values), self.density, self.scale)
         return encode(update, self.codec, layout_by_id=True)
+
+    def _decode(self, blob: bytes, layout: Layout) -> Floats:
+        return np.asarray(decode(blob, layout=layout).to_task_vector().values)
+
+
+class FactoredPeer(PeerCodec):
+    """Low-rank signs: in the bits that ternary values of a density take."""
+
+    source = "https://arxiv.org/abs/1905.13727"
+    biased = True
+    densities = (0.02, 0.05, 0.2)
+    family = "compeft-factored"
+
+    def _encode(self, values: Floats, layout: Layout, seed: int) -> bytes:
+        update = factorize(TaskVector(layout, values), self.density)
+        return encode(update, "factored", layout_by_id=True)
 
     def _decode(self, blob: bytes, layout: Layout) -> Floats:
         return np.asarray(decode(blob, layout=layout).to_task_vector().values)
@@ -90,5 +107,8 @@ def split_parts(blob: bytes) -> list[bytes]:
 def registered() -> list[PeerCodec]:
     """A peer for each codec of the registry, in its order, the dense ones first."""
     dense = [name for name in codecs.names() if isinstance(codecs.get(name), Dense)]
-    ternary = [name for name in codecs.names() if name not in dense]
-    return [*(DensePeer(name) for name in dense), *(TernaryPeer(name) for name in ternary)]
+    others = [name for name in codecs.names() if name not in dense]
+    return [
+        *(DensePeer(name) for name in dense),
+        *(FactoredPeer() if name == "factored" else TernaryPeer(name) for name in others),
+    ]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63ompeft_fl/wire/v1/update.proto\x12\x12\x63ompeft_fl.wire.v1\"\x96\x04\n\x06Update\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.compeft_fl.wire.v1.LayoutH\x00\x12\x13\n\tlayout_id\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0c\x62\x61se_version\x18\x05 \x01(\x04\x12:\n\x08metadata\x18\x06 \x03(\x0b\x32(.compeft_fl.wire.v1.Update.MetadataEntry\x12\x33\n\x06golomb\x18\x08 \x01(\x0b\x32!.compeft_fl.wire.v1.GolombTernaryH\x01\x12\x35\n\x07\x62itmask\x18\t \x01(\x0b\x32\".compeft_fl.wire.v1.BitmaskTernaryH\x01\x12*\n\x05\x64\x65nse\x18\n \x01(\x0b\x32\x19.compeft_fl.wire.v1.DenseH\x01\x12\x35\n\x07\x63ontext\x18\x0b \x01(\x0b\x32\".compeft_fl.wire.v1.ContextTernaryH\x01\x12*\n\x05steps\x18\x0c \x01(\x0b\x32\x19.compeft_fl.wire.v1.StepsH\x01\x12\r\n\x05\x63rc32\x18\x0f \x01(\x07\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\nlayout_refB\x06\n\x04\x62ody\"5\n\x06Layout\x12+\n\x07tensors\x18\x01 \x03(\x0b\x32\x1a.compeft_fl.wire.v1.Tensor\"O\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\x05\x64type\x18\x03 \x01(\x0e\x32\x19.compeft_fl.wire.v1.DType\"\x9a\x01\n\rGolombTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x16\n\x0e\x62lock_nonzeros\x18\x03 \x03(\r\x12\x17\n\x0frice_parameters\x18\x04 \x01(\x0c\x12\x11\n\tquotients\x18\x05 \x01(\x0c\x12\x12\n\nremainders\x18\x06 \x01(\x0c\x12\r\n\x05signs\x18\x07 \x01(\x0c\"D\n\x0e\x42itmaskTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x10\n\x08positive\x18\x02 \x01(\x0c\x12\x10\n\x08negative\x18\x03 \x01(\x0c\"A\n\x05\x44\x65nse\x12(\n\x05\x64type\x18\x01 \x01(\x0e\x32\x19.compeft_fl.wire.v1.DType\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"R\n\x0e\x43ontextTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x14\n\x0cnum_nonzeros\x18\x02 \x01(\x04\x12\x0c\n\x04\x66lat\x18\x03 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x0c\"=\n\x05Steps\x12\x10\n\x08\x65xponent\x18\x01 \x01(\x11\x12\x14\n\x0cnum_nonzeros\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x0c*L\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63ompeft_fl/wire/v1/update.proto\x12\x12\x63ompeft_fl.wire.v1\"\xc8\x04\n\x06Update\x12,\n\x06layout\x18\x01 \x01(\x0b\x32\x1a.compeft_fl.wire.v1.LayoutH\x00\x12\x13\n\tlayout_id\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0c\x62\x61se_version\x18\x05 \x01(\x04\x12:\n\x08metadata\x18\x06 \x03(\x0b\x32(.compeft_fl.wire.v1.Update.MetadataEntry\x12\x33\n\x06golomb\x18\x08 \x01(\x0b\x32!.compeft_fl.wire.v1.GolombTernaryH\x01\x12\x35\n\x07\x62itmask\x18\t \x01(\x0b\x32\".compeft_fl.wire.v1.BitmaskTernaryH\x01\x12*\n\x05\x64\x65nse\x18\n \x01(\x0b\x32\x19.compeft_fl.wire.v1.DenseH\x01\x12\x35\n\x07\x63ontext\x18\x0b \x01(\x0b\x32\".compeft_fl.wire.v1.ContextTernaryH\x01\x12*\n\x05steps\x18\x0c \x01(\x0b\x32\x19.compeft_fl.wire.v1.StepsH\x01\x12\x30\n\x08\x66\x61\x63tored\x18\r \x01(\x0b\x32\x1c.compeft_fl.wire.v1.FactoredH\x01\x12\r\n\x05\x63rc32\x18\x0f \x01(\x07\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\nlayout_refB\x06\n\x04\x62ody\"5\n\x06Layout\x12+\n\x07tensors\x18\x01 \x03(\x0b\x32\x1a.compeft_fl.wire.v1.Tensor\"O\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12(\n\x05\x64type\x18\x03 \x01(\x0e\x32\x19.compeft_fl.wire.v1.DType\"\x9a\x01\n\rGolombTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x16\n\x0e\x62lock_nonzeros\x18\x03 \x03(\r\x12\x17\n\x0frice_parameters\x18\x04 \x01(\x0c\x12\x11\n\tquotients\x18\x05 \x01(\x0c\x12\x12\n\nremainders\x18\x06 \x01(\x0c\x12\r\n\x05signs\x18\x07 \x01(\x0c\"D\n\x0e\x42itmaskTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x10\n\x08positive\x18\x02 \x01(\x0c\x12\x10\n\x08negative\x18\x03 \x01(\x0c\"A\n\x05\x44\x65nse\x12(\n\x05\x64type\x18\x01 \x01(\x0e\x32\x19.compeft_fl.wire.v1.DType\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"R\n\x0e\x43ontextTernary\x12\x0e\n\x06scales\x18\x01 \x03(\x02\x12\x14\n\x0cnum_nonzeros\x18\x02 \x01(\x04\x12\x0c\n\x04\x66lat\x18\x03 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x04 \x01(\x0c\"=\n\x05Steps\x12\x10\n\x08\x65xponent\x18\x01 \x01(\x11\x12\x14\n\x0cnum_nonzeros\x18\x02 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x0c\"\x8b\x01\n\x08\x46\x61\x63tored\x12\r\n\x05terms\x18\x01 \x03(\r\x12\x11\n\texponents\x18\x02 \x03(\x11\x12\x0c\n\x04\x62its\x18\x03 \x01(\r\x12\x0f\n\x07\x66\x61\x63tors\x18\x04 \x01(\x0c\x12\r\n\x05signs\x18\x05 \x01(\x0c\x12/\n\x04rest\x18\x06 \x01(\x0b\x32!.compeft_fl.wire.v1.GolombTernary*L\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UPDATE_METADATAENTRY']._loaded_options = None
   _globals['_UPDATE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1169
-  _globals['_DTYPE']._serialized_end=1245
+  _globals['_DTYPE']._serialized_start=1361
+  _globals['_DTYPE']._serialized_end=1437
   _globals['_UPDATE']._serialized_start=56
-  _globals['_UPDATE']._serialized_end=590
-  _globals['_UPDATE_METADATAENTRY']._serialized_start=521
-  _globals['_UPDATE_METADATAENTRY']._serialized_end=568
-  _globals['_LAYOUT']._serialized_start=592
-  _globals['_LAYOUT']._serialized_end=645
-  _globals['_TENSOR']._serialized_start=647
-  _globals['_TENSOR']._serialized_end=726
-  _globals['_GOLOMBTERNARY']._serialized_start=729
-  _globals['_GOLOMBTERNARY']._serialized_end=883
-  _globals['_BITMASKTERNARY']._serialized_start=885
-  _globals['_BITMASKTERNARY']._serialized_end=953
-  _globals['_DENSE']._serialized_start=955
-  _globals['_DENSE']._serialized_end=1020
-  _globals['_CONTEXTTERNARY']._serialized_start=1022
-  _globals['_CONTEXTTERNARY']._serialized_end=1104
-  _globals['_STEPS']._serialized_start=1106
-  _globals['_STEPS']._serialized_end=1167
+  _globals['_UPDATE']._serialized_end=640
+  _globals['_UPDATE_METADATAENTRY']._serialized_start=571
+  _globals['_UPDATE_METADATAENTRY']._serialized_end=618
+  _globals['_LAYOUT']._serialized_start=642
+  _globals['_LAYOUT']._serialized_end=695
+  _globals['_TENSOR']._serialized_start=697
+  _globals['_TENSOR']._serialized_end=776
+  _globals['_GOLOMBTERNARY']._serialized_start=779
+  _globals['_GOLOMBTERNARY']._serialized_end=933
+  _globals['_BITMASKTERNARY']._serialized_start=935
+  _globals['_BITMASKTERNARY']._serialized_end=1003
+  _globals['_DENSE']._serialized_start=1005
+  _globals['_DENSE']._serialized_end=1070
+  _globals['_CONTEXTTERNARY']._serialized_start=1072
+  _globals['_CONTEXTTERNARY']._serialized_end=1154
+  _globals['_STEPS']._serialized_start=1156
+  _globals['_STEPS']._serialized_end=1217
+  _globals['_FACTORED']._serialized_start=1220
+  _globals['_FACTORED']._serialized_end=1359
 # @@protoc_insertion_point(module_scope)

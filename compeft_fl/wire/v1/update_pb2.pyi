@@ -18,7 +18,7 @@ DTYPE_F16: DType
 DTYPE_BF16: DType
 
 class Update(_message.Message):
-    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "context", "steps", "crc32")
+    __slots__ = ("layout", "layout_id", "num_parameters", "offset", "base_version", "metadata", "golomb", "bitmask", "dense", "context", "steps", "factored", "crc32")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class Update(_message.Message):
     DENSE_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    FACTORED_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
     layout_id: bytes
@@ -49,8 +50,9 @@ class Update(_message.Message):
     dense: Dense
     context: ContextTernary
     steps: Steps
+    factored: Factored
     crc32: int
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., context: _Optional[_Union[ContextTernary, _Mapping]] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., layout_id: _Optional[bytes] = ..., num_parameters: _Optional[int] = ..., offset: _Optional[int] = ..., base_version: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., golomb: _Optional[_Union[GolombTernary, _Mapping]] = ..., bitmask: _Optional[_Union[BitmaskTernary, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., context: _Optional[_Union[ContextTernary, _Mapping]] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ..., factored: _Optional[_Union[Factored, _Mapping]] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("tensors",)
@@ -125,3 +127,19 @@ class Steps(_message.Message):
     num_nonzeros: int
     code: bytes
     def __init__(self, exponent: _Optional[int] = ..., num_nonzeros: _Optional[int] = ..., code: _Optional[bytes] = ...) -> None: ...
+
+class Factored(_message.Message):
+    __slots__ = ("terms", "exponents", "bits", "factors", "signs", "rest")
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    EXPONENTS_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    SIGNS_FIELD_NUMBER: _ClassVar[int]
+    REST_FIELD_NUMBER: _ClassVar[int]
+    terms: _containers.RepeatedScalarFieldContainer[int]
+    exponents: _containers.RepeatedScalarFieldContainer[int]
+    bits: int
+    factors: bytes
+    signs: bytes
+    rest: GolombTernary
+    def __init__(self, terms: _Optional[_Iterable[int]] = ..., exponents: _Optional[_Iterable[int]] = ..., bits: _Optional[int] = ..., factors: _Optional[bytes] = ..., signs: _Optional[bytes] = ..., rest: _Optional[_Union[GolombTernary, _Mapping]] = ...) -> None: ...

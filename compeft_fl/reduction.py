@@ -1,0 +1,126 @@
+"""What is sent of a task vector: ternary or as low-rank signs, by density or by energy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from compeft_fl.compeft import check_density, check_scale, check_support, compress
+from compeft_fl.errors import ParameterError
+from compeft_fl.factored import LOWEST, FactoredVector
+from compeft_fl.factorize import check_energy, factorize, keep_energy
+from compeft_fl.quality import Quality
+from compeft_fl.task_vector import TaskVector
+from compeft_fl.ternary import TernaryVector
+
+__all__ = ["AUTO", "ENERGY", "Reduction", "floor_after", "quality_of"]
+
+AUTO = "auto"
+ENERGY = 0.5
+_FIRST = 4  # versions
+_LONGEST = 10  # versions: an absence counts as no longer
+
+
+def floor_after(energy: float, version: int, absence: int) -> float:
+    """The share of energy to keep of a node's update, or of a version for nodes asked so often.
+
+    What is left out waits for the next time, and so it counts for as long as that takes: with
+    ``absence`` versions between two updates, a part of 1 / absence of it is left out. In the first
+    versions, where optimisers make all steps alike and everything else builds on them, likewise.
+
+    Parameters
+    ----------
+    energy : float
+        The share that is kept in every round of a long run.
+    version : int
+        Of the global adapter, from 0.
+    absence : int
+        Versions since the last update, 1 or more.
+
+    Examples
+    --------
+    >>> [round(floor_after(0.5, version, 1), 3) for version in range(5)]
+    [0.875, 0.833, 0.75, 0.5, 0.5]
+    >>> floor_after(0.5, 100, 10)
+    0.95
+    """
+    return 1 - (1 - energy) / max(1, min(absence, _LONGEST), _FIRST - version)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a task vector is made small.
+
+    Parameters
+    ----------
+    density : float or "auto"
+        In (0, 1]: the greatest share of parameters that is sent. "auto": whatever keeps a share of
+        the energy, in the cheapest of three forms, see `compeft_fl.factorize.keep_energy`.
+    scale : "norm", "mean" or float
+    support : "best" or "fixed"
+        See `compeft_fl.compress`.
+    factored : bool
+        Low-rank signs in the bits that ternary values of that density take, see
+        `compeft_fl.factorize.factorize`.
+    energy : float
+        In (0, 1): the least share of the energy that "auto" keeps.
+    low_rank : bool
+        Whether "auto" may take low-rank signs.
+
+    Raises
+    ------
+    ParameterError
+        A setting out of its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tau = TaskVector.from_dict({"w": np.array([3, -1, 0.5, -5], "f4")})
+    >>> Reduction(0.5)(tau).num_nonzeros, Reduction("auto", energy=0.9)(tau).num_nonzeros
+    (2, 2)
+    """
+
+    density: float | str = 0.1
+    scale: str | float = "mean"
+    support: str = "best"
+    factored: bool = False
+    energy: float = ENERGY
+    low_rank: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, str):
+            if self.density != AUTO:
+                raise ParameterError(
+                    f'expected a density in (0, 1] or "auto", found {self.density!r}'
+                )
+        else:
+            check_density(self.density)
+        check_scale(self.scale)
+        check_support(self.support)
+        check_energy(self.energy)
+
+    def after(self, version: int, absence: int) -> Reduction:
+        """The same with the share of energy that `floor_after` says."""
+        return replace(self, energy=floor_after(self.energy, version, absence))
+
+    def __call__(self, tau: TaskVector, lowest: int = LOWEST) -> TernaryVector | FactoredVector:
+        """What is sent of a task vector.
+
+        ``lowest`` is the smallest exponent of low-rank signs, where they have to lie on a grid.
+
+        Raises
+        ------
+        ParameterError, NonFiniteError
+            No parameters; NaN or Inf.
+        """
+        if isinstance(self.density, str):
+            return keep_energy(tau, self.energy, self.scale, lowest=lowest, low_rank=self.low_rank)
+        if self.factored:
+            return factorize(tau, self.density, lowest=lowest)
+        return compress(tau, self.density, self.scale, self.support)
+
+
+def quality_of(tau: TaskVector, update: TernaryVector | FactoredVector) -> Quality:
+    """How much of a task vector is sent."""
+    if isinstance(update, TernaryVector):
+        return Quality.of_compressed(tau, update)
+    return Quality.of(tau, update)
