@@ -155,7 +155,7 @@ def _maker_of_files() -> Callable[[random.Random], bytes]:
             rest = change_fields(rest, source) if kind < 0.5 else rest
             return files.CARRIED_MAGIC + length.to_bytes(8, "little") + changed + rest
         if blob.startswith(files.PARTS_MAGIC):
-            parts = list(files._parts(blob))
+            parts = list(files.parts_of(blob))
             at = source.randrange(len(parts))
             if kind < 0.6:
                 parts = source.choices(parts, k=source.randint(0, 5))

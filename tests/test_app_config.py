@@ -90,7 +90,11 @@ def test_an_unknown_key_like_no_other_shows_all():
         ("strategy", "tie", 'strategy: "tie" is none of average, task-arithmetic, ties'),
         ("strategy", "compressed:", 'strategy: "compressed:" is none of'),
         ("codec", "golumb", 'codec: "golumb" is none of .*golomb'),
-        ("downlink-codec", "dense", 'downlink-codec: "dense" is none of golomb, .*context, factored, auto'),
+        (
+            "downlink-codec",
+            "dense",
+            'downlink-codec: "dense" is none of golomb, .*context, factored, auto',
+        ),
         ("link-mbps", 0, "link-mbps: expected over 0, found 0"),
         ("peft-options", "{", "peft-options: no JSON"),
         ("peft-options", "[1]", r"peft-options: expected a JSON object, found \[1\]"),
