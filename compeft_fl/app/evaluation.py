@@ -1,0 +1,249 @@
+"""Tasks of lm-evaluation-harness, answered by a language model with an adapter.
+
+A task is a name of the harness's own (``mmlu``, ``bbh``, ...), a YAML file, or one of those that
+the package carries (``debian_section``, ...). Those of the kind ``multiple_choice`` are rank
+classification: the answer is the choice of the largest log-likelihood, as T-Few and ComPEFT's paper
+have it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from compeft_fl.app import embedded
+from compeft_fl.errors import ConfigError
+from compeft_fl.printable import one_line
+
+__all__ = ["Figure", "Harness", "Scores", "require_harness", "uses_chat"]
+
+_EMBEDDED_TASKS: Final = "evaluation"  # a folder of compeft_fl/app/embedded
+_LOGGERS: Final = ("lm_eval", "lm_eval.models.huggingface", "datasets")
+_SEED: Final = 1234  # the harness's own, of the examples in front of a question
+_BOOTSTRAP: Final = 1000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a task: its value, and its standard error where the harness knows one."""
+
+    value: float
+    error: float | None = None
+
+
+Scores = Mapping[str, Mapping[str, Figure]]
+"""Task or group of tasks -> metric -> figure."""
+
+
+def require_harness() -> None:
+    """Raise where lm-eval is not installed.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed: pip install 'compeft-fl[llm]'")
+
+
+class Harness:
+    """Some tasks, loaded and ready to be put to models.
+
+    Parameters
+    ----------
+    tasks : str
+        Names of tasks, groups or tags, or YAML files, by comma.
+    limit : int, optional
+        Questions of each task, the first ones; 0: all.
+    shots : int, optional
+        Examples in front of each question; None: as the task says.
+    batch_size : int, optional
+        Questions that a model is given at once.
+
+    Raises
+    ------
+    ConfigError
+        Where lm-eval is missing, a task is unknown, or its data cannot be had.
+    """
+
+    def __init__(
+        self, tasks: str, *, limit: int = 0, shots: int | None = None, batch_size: int = 16
+    ) -> None:
+        require_harness()
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names:
+            raise ConfigError("tasks: expected names by comma, as in debian,mmlu; found none")
+        self.limit = limit
+        self.shots = shots
+        self.batch_size = batch_size
+        with _quiet():
+            self._manager = _manager(names)
+            self._tasks, self._specs = _load(self._manager, names)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the single tasks."""
+        return list(self._tasks)
+
+    def score(self, model: Any, tokenizer: Any, *, chat: bool | None = None) -> Scores:
+        """Return what a model reaches in the tasks.
+
+        The generators of random numbers are left as they were.
+
+        Parameters
+        ----------
+        model : transformers or PEFT model
+        tokenizer : transformers tokenizer
+        chat : bool, optional
+            Whether questions are put in the chat format; None: where the tokenizer has one.
+
+        Raises
+        ------
+        ConfigError
+            Where the model cannot answer such tasks.
+        """
+        with _quiet(), _randomness_kept():
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            was_training = bool(model.training)
+            model.eval()
+            try:
+                answering = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
+                found = simple_evaluate(
+                    answering,
+                    tasks=self._specs,
+                    num_fewshot=self.shots,
+                    limit=self.limit or None,
+                    bootstrap_iters=_BOOTSTRAP,
+                    log_samples=False,
+                    apply_chat_template=uses_chat(tokenizer, chat),
+                    task_manager=self._manager,
+                    random_seed=None,
+                    numpy_random_seed=None,
+                    torch_random_seed=None,
+                    fewshot_random_seed=_SEED,
+                )
+            except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+                raise ConfigError(
+                    f"tasks: the model cannot be put to them: {type(error).__name__}: "
+                    f"{one_line(error, 300)}"
+                ) from error
+            finally:
+                model.train(was_training)
+        assert found is not None
+        return {name: _figures(row) for name, row in found["results"].items() if _figures(row)}
+
+
+def uses_chat(tokenizer: Any, chat: bool | None) -> bool:
+    """Return whether questions are put in the chat format.
+
+    Raises
+    ------
+    ConfigError
+        Where that is asked for and the tokenizer has no template.
+    """
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has:
+        raise ConfigError("chat: the tokenizer has no chat template; leave chat=true out")
+    return has if chat is None else chat
+
+
+def _manager(names: Sequence[str]) -> Any:
+    """Return a manager that knows the names, and reads the harness's thousands where it must."""
+    for everything in (False, True):
+        manager = _tasks_known(everything)
+        unknown = [name for name in names if name not in manager.task_index and not _is_file(name)]
+        if not unknown:
+            return manager
+    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
+    hint = f': did you mean "{near[0]}"?' if near else "; lm-eval ls tasks names all"
+    raise ConfigError(
+        f'tasks: lm-eval has no task "{one_line(unknown[0], 80)}", and there is no such YAML '
+        f"file{hint}"
+    )
+
+
+@functools.cache
+def _tasks_known(everything: bool) -> Any:
+    """Return a manager of the package's own tasks, or also of all that the harness has."""
+    from lm_eval.tasks import TaskManager
+
+    own = str(embedded.path(_EMBEDDED_TASKS))
+    return TaskManager(include_path=own, include_defaults=everything)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
+def _load(manager: Any, names: Sequence[str]) -> tuple[list[str], list[Any]]:
+    """Return the names of the single tasks, and the tasks and groups to ask for, data loaded."""
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # whatever a YAML file, its functions or the hub raise
+            raise ConfigError(
+                f'tasks: "{one_line(name, 80)}" cannot be loaded: {type(error).__name__}: '
+                f"{one_line(error, 300)}"
+            ) from error
+        tasks.update(loaded["tasks"])
+        groups.update(loaded.get("groups", {}))
+    inner = {name for group in groups.values() for name in group.child_names}
+    specs = [found for name, found in {**groups, **tasks}.items() if name not in inner]
+    return sorted(tasks), specs
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the metrics of a row of the harness's results, its filters' names left out."""
+    figures: dict[str, Figure] = {}
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = row.get(f"{metric}_stderr,{kind}")
+        known = isinstance(error, int | float) and np.isfinite(error)
+        name = metric if kind == "none" else f"{metric} ({kind})"
+        figures[name] = Figure(float(value), float(error or 0.0) if known else None)
+    return figures
+
+
+@contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Leave the generators of random numbers as they were: Flower draws nodes with one of them."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.set_rng_state(kept[2])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's advice and the libraries' warnings out of the terminal."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
