@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import kinds
+import language_models
 import numpy as np
 import pytest
 
@@ -112,6 +113,40 @@ def minilm():
     config = AppConfig(limit_rows=48, device="cpu", head="linear")
     rows = data.load(config)
     return config, rows, model.build(config, rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """A random two-layer Llama with a chat template, as a folder."""
+    return language_models.save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory) -> Path:
+    """A random T5 of two layers, as a folder."""
+    return language_models.save_t5(tmp_path_factory.mktemp("models") / "t5")
+
+
+@pytest.fixture(scope="session")
+def instruct_config(tiny_llama, tmp_path_factory):
+    """The configuration of an instruction run that takes seconds."""
+    from compeft_fl.app.config import AppConfig
+
+    rows = language_models.pairs(120)
+    data = language_models.write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+    return AppConfig(
+        task="instruction",
+        model=str(tiny_llama),
+        data=str(data),
+        peft={"r": 4, "target_modules": "all-linear"},
+        rounds=2,
+        local_steps=3,
+        batch_size=8,
+        max_length=96,
+        alpha=1.0,
+        learning_rate=0.01,
+        device="cpu",
+    )
 
 
 _FAULTS: list[tuple[str, str, str]] = []

@@ -334,26 +334,6 @@ def test_the_journal_tells_a_display_how_many_bytes_a_round_took(tiny_config, tm
     assert last["down_payload"] == 0 < last["down_message"]
 
 
-def test_tensorboard_gets_accuracy_and_bytes(tiny_config, tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c
-
-    summary = run(dataclasses.replace(tiny_config, tensorboard=True), tmp_path)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    data, found = file.read_bytes(), {}
-    while data:
-        size = int.from_bytes(data[:8], "little")
-        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-        event = Event.FromString(data[12 : 12 + size])
-        for value in event.summary.value:
-            found[value.tag, event.step] = value.simple_value
-        data = data[16 + size :]
-    assert [found["test/accuracy", r] for r in range(3)] == pytest.approx(summary["accuracy"])
-    sent = summary["ledger"]["uplink_message_bytes"]
-    assert [found["up/message_bytes", r] for r in (1, 2)] == sent
-    assert found["up_so_far/message_bytes", 2] == sum(sent)
-
-
 def test_a_journal_takes_transfers(tiny_config, tmp_path):
     journal = Journal(tmp_path, tiny_config.scenario, tiny_config.rounds, {})
     journal.on_transfer(a_transfer())

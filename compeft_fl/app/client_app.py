@@ -21,10 +21,11 @@ from compeft_fl.exchange.records import to_arrays, to_state
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from compeft_fl.app.tasks.data import TextData
-    from compeft_fl.app.tasks.model import Classifier
+    from compeft_fl.app.tasks.base import Task
 
-__all__ = ["app", "compression"]
+__all__ = ["BASE_KEY", "app", "compression"]
+
+BASE_KEY = "base"  # in the server's configuration: the digest of its base model
 
 
 def compression(
@@ -54,17 +55,16 @@ app = ClientApp(mods=[compression])
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Fine-tune the received adapter on the node's rows and return it."""
-    from compeft_fl.app.tasks import training
-    from compeft_fl.app.tasks.data import node_rows
+    from compeft_fl.app.tasks.base import round_seed
 
     config = AppConfig.from_run_config(context.run_config)
-    prepared = _prepare(config)
-    rows = node_rows(prepared.data, context.node_config, config)
-    _load(prepared.classifier, message)
-    seed = training.round_seed(
-        config, _server_round(message), int(context.node_config["partition-id"])
-    )
-    result = training.train(prepared.classifier, rows, config, seed)
+    task = _prepare(config).task
+    task.check_base(_told(message, BASE_KEY))
+    rows = task.node_rows(context.node_config)
+    _load(task, message)
+    server_round = _server_round(message)
+    seed = round_seed(config, server_round, int(context.node_config["partition-id"]))
+    result = task.train(rows, server_round, seed)
     metrics = MetricRecord(
         {
             "num-examples": result.num_examples,
@@ -73,25 +73,25 @@ def train(message: Message, context: Context) -> Message:
             "seconds": result.seconds,
         }
     )
-    arrays = to_arrays(
-        {name: tensor.numpy() for name, tensor in prepared.classifier.adapter_state().items()}
-    )
+    arrays = to_arrays(task.adapter_state())
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received adapter on the node's own rows."""
-    from compeft_fl.app.tasks import training
-    from compeft_fl.app.tasks.data import node_rows
-
-    config = AppConfig.from_run_config(context.run_config)
-    prepared = _prepare(config)
-    rows = node_rows(prepared.data, context.node_config, config)
-    _load(prepared.classifier, message)
-    score = training.evaluate(prepared.classifier, rows, config)
+    task = _prepare(AppConfig.from_run_config(context.run_config)).task
+    task.check_base(_told(message, BASE_KEY))
+    rows = task.node_rows(context.node_config)
+    _load(task, message)
+    score = task.evaluate(rows)
     metrics = MetricRecord(
-        {"num-examples": score.num_examples, "accuracy": score.accuracy, "loss": score.loss}
+        {
+            "num-examples": score.num_examples,
+            "accuracy": score.accuracy,
+            "loss": score.loss,
+            **score.more,
+        }
     )
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
@@ -101,8 +101,7 @@ class _Prepared:
     """What a process keeps between messages: it is the same for every node of the run."""
 
     config: AppConfig
-    data: TextData
-    classifier: Classifier
+    task: Task
     start: Mapping[str, NDArray[Any]]  # the adapter that the seed gives
 
 
@@ -110,14 +109,12 @@ _prepared: list[_Prepared] = []
 
 
 def _prepare(config: AppConfig) -> _Prepared:
-    """Return data and model of this configuration, built by the process's first message."""
+    """Return the task of this configuration, built by the process's first message."""
     if not _prepared or _prepared[0].config != config:
-        from compeft_fl.app.tasks import data, model
+        from compeft_fl.app import tasks
 
-        loaded = data.load(config)
-        classifier = model.build(config, loaded)
-        start = {name: tensor.numpy() for name, tensor in classifier.adapter_state().items()}
-        _prepared[:] = [_Prepared(config, loaded, classifier, start)]
+        task = tasks.prepare(config)
+        _prepared[:] = [_Prepared(config, task, task.adapter_state())]
     return _prepared[0]
 
 
@@ -126,16 +123,18 @@ def _initial_adapter(context: Context) -> Mapping[str, NDArray[Any]]:
     return _prepare(AppConfig.from_run_config(context.run_config)).start
 
 
-def _load(classifier: Classifier, message: Message) -> None:
-    """Give the classifier the adapter that a message brings."""
-    import torch
-
+def _load(task: Task, message: Message) -> None:
+    """Give the task the adapter that a message brings."""
     arrays: ArrayRecord = message.content.array_records["arrays"]
-    state = {name: torch.from_numpy(value.copy()) for name, value in to_state(arrays).items()}
-    classifier.load_adapter_state(state)
+    task.load_adapter_state(to_state(arrays))
 
 
 def _server_round(message: Message) -> int:
-    value = message.content.config_records["config"]["server-round"]
+    value = _told(message, "server-round")
     assert isinstance(value, int)
     return value
+
+
+def _told(message: Message, key: str) -> object:
+    """What the server says under a key of its configuration; None: nothing."""
+    return message.content.config_records["config"].get(key)

@@ -20,11 +20,13 @@ from typing import Any, Final, Self, cast
 
 from compeft_fl import codecs
 from compeft_fl.app.config_values import Scalar, checked, json_object, shown, suggestion
+from compeft_fl.app.tasks import TASKS
 from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY
 from compeft_fl.reduction import ENERGY
+from compeft_fl.results.trackers import PACKAGES as TRACKERS
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
 
@@ -128,6 +130,7 @@ class AppConfig:
     run_dir: str = _key("", "the run's own folder; empty: OUT/SCENARIO-TIME")
     seed: int = _key(42, "seed of the adapter's start, the partition and the batches", low=0)
 
+    task: str = _key("classification", "what is trained", choices=TASKS)
     model: str = _key("minilm", "base model: minilm (embedded), a Hugging Face id or a folder")
     trust_remote_code: bool = _key(
         False, "run the Python code that comes with the model, on server and nodes; nobody is asked"
@@ -136,6 +139,11 @@ class AppConfig:
         "prototype",
         "classifier on top: frozen class means of the base model, or a trained linear layer",
         choices=("prototype", "linear"),
+    )
+    quantization: str = _key(
+        "none",
+        "the base model in 4 or 8 bits, by bitsandbytes (task=instruction)",
+        choices=("none", "4bit", "8bit"),
     )
     max_length: int = _key(64, "tokens after which a text is cut off", low=2)
 
@@ -147,6 +155,20 @@ class AppConfig:
     data_config: str = _key("", "configuration of a Hugging Face dataset, where it has several")
     text_column: str = _key("text", "column of the text")
     label_column: str = _key("label", "column of the class")
+    prompt_column: str = _key("prompt", "column of the prompt (task=instruction)")
+    response_column: str = _key("response", "column of the response to it")
+    messages_column: str = _key("messages", "column of a chat's turns, with role and content")
+    template: str = _key(
+        "auto",
+        "how prompts are written: by the tokenizer's chat template, as Alpaca's, or as they are; "
+        "auto: the first where there is one, else what the data's columns suggest",
+        choices=("auto", "chat", "alpaca", "plain"),
+    )
+    long_prompts: str = _key(
+        "refuse",
+        "rows whose prompt leaves no room for a response within max-length",
+        choices=("refuse", "drop"),
+    )
     split_column: str = _key("split", "column of a file that names each row's split")
     train_split: str = _key("train", "name of the split to train on")
     validation_split: str = _key("val", "name of the split for calibration")
@@ -165,8 +187,18 @@ class AppConfig:
     peft_options: str = _key("", "any further options of the PEFT method, as a JSON object")
 
     learning_rate: float = _key(5e-3, "AdamW's learning rate", above=0)
+    schedule: str = _key(
+        "constant",
+        "the learning rate over the rounds; cosine: down to min-learning-rate in the last",
+        choices=("constant", "cosine"),
+    )
+    min_learning_rate: float = _key(0.0, "where schedule=cosine ends", low=0)
     weight_decay: float = _key(0.0, "AdamW's weight decay", low=0)
     batch_size: int = _key(16, "rows per step", low=1)
+    accumulation: int = _key(
+        1, "parts in which a step's rows are computed, to save memory (task=instruction)", low=1
+    )
+    checkpointing: bool = _key(False, "compute activations again to save memory (task=instruction)")
     local_steps: int = _key(20, "steps per node and round; 0: local-epochs decides", low=0)
     local_epochs: int = _key(1, "passes over the node's rows per round (local-steps=0)", low=1)
     device: str = _key("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -258,7 +290,11 @@ class AppConfig:
         0.0, "part of the nodes that score the global adapter on their own rows", low=0, high=1
     )
     timeout: float = _key(3600.0, "seconds that a round waits for late replies", above=0)
-    tensorboard: bool = _key(False, "write accuracy and bytes for TensorBoard too")
+    track: str = _key(
+        "",
+        "trackers by comma: tensorboard, wandb, mlflow, trackio; where nothing else is set up, "
+        "they write into the run's folder",
+    )
     resume: bool = _key(False, "go on from the newest checkpoint in run-dir, where there is one")
 
     def __post_init__(self) -> None:
@@ -275,6 +311,7 @@ class AppConfig:
                 )
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
         _check_strategy(self.strategy)
+        self.trackers()
         json_object("peft-options", self.peft_options)
         json_object("strategy-options", self.strategy_options)
 
@@ -320,6 +357,14 @@ class AppConfig:
     def further_strategy_options(self) -> dict[str, Any]:
         """Return `strategy_options` as a dict."""
         return json_object("strategy-options", self.strategy_options)
+
+    def trackers(self) -> tuple[str, ...]:
+        """Return the names in `track`."""
+        names = [name.strip() for name in self.track.split(",") if name.strip()]
+        for name in names:
+            if name not in TRACKERS:
+                raise ConfigError(f'track: no tracker "{name}"{suggestion(name, TRACKERS)}')
+        return tuple(dict.fromkeys(names))
 
     @property
     def compressed(self) -> bool:

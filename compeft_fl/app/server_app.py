@@ -6,23 +6,22 @@ import inspect
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import Strategy
 
 from compeft_fl import strategies
+from compeft_fl.app import tasks
 from compeft_fl.app.baseline import ObservedFedAvg
+from compeft_fl.app.client_app import BASE_KEY
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
 from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
-from compeft_fl.results import tensorboard
 from compeft_fl.results.journal import PROGRESS_FILE, Journal
+from compeft_fl.results.trackers import Trackers, check_installed
 from compeft_fl.server.checkpoint import alone_in
-
-if TYPE_CHECKING:
-    from compeft_fl.app.tasks.model import Classifier
 
 __all__ = ["app", "build_strategy", "run_folder"]
 
@@ -55,28 +54,27 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     """Build, federate and report."""
     rule = build_strategy(config, journal)  # what is wrong with it shows before anything is loaded
+    check_installed(config.trackers())
 
-    from compeft_fl.app.tasks import data, model, training
     from compeft_fl.results import report
 
     random.seed(config.seed)  # Flower samples nodes with it
-    rows = data.load(config)
-    classifier = model.build(config, rows)
-    state = classifier.adapter_state()
-    journal.begin(sum(tensor.numel() for tensor in state.values()))
+    task = tasks.prepare(config)
+    task.check()
+    state = task.adapter_state()
+    journal.begin(sum(value.size for value in state.values()))
     LOGGER.info("results go to %s", journal.folder)
 
-    board = tensorboard.Board(journal.folder) if config.tensorboard else None
+    trackers = Trackers(config.trackers(), journal.folder, config.to_run_config())
 
     def score(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        _load(classifier, arrays)
-        found = training.evaluate(classifier, rows.test, config)
-        journal.on_score(server_round, found.accuracy, found.loss)
-        if board is not None:
-            board.write(server_round, journal.record().rounds[server_round], journal.ledger)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss})
+        task.load_adapter_state(to_state(arrays))
+        found = task.evaluate(task.test_rows)
+        journal.on_score(server_round, found.accuracy, found.loss, found.more)
+        trackers.write(server_round, journal.record().rounds[server_round], journal.ledger)
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss, **found.more})
 
-    initial = to_arrays({name: tensor.numpy() for name, tensor in state.items()})
+    initial = to_arrays(state)
     options: dict[str, Any] = {}
     if config.compressed:
         options["checkpointing"] = strategies.Checkpointing(
@@ -93,14 +91,15 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
             num_rounds=config.rounds,
             timeout=config.timeout,
             evaluate_fn=score,
+            train_config=ConfigRecord({BASE_KEY: task.base_digest}),
+            evaluate_config=ConfigRecord({BASE_KEY: task.base_digest}),
             **options,
         )
     except NoUsableReplyError as error:  # raised below, when the report is written
         failure = error
-    classifier.save(journal.folder / "adapter")  # it holds what was scored last
-    if board is not None:
-        board.close()
     record = journal.record()
+    task.save(journal.folder / "adapter", record)  # it holds what was scored last
+    trackers.close()
     report.write(journal.folder, record)
     if failure is not None:
         raise failure
@@ -184,11 +183,3 @@ def run_folder(config: AppConfig) -> Path:
         number += 1
         folder = folder.with_name(f"{name}-{number}")
     return folder
-
-
-def _load(classifier: Classifier, arrays: ArrayRecord) -> None:
-    """Give the classifier the global adapter."""
-    import torch
-
-    state = {name: torch.from_numpy(value.copy()) for name, value in to_state(arrays).items()}
-    classifier.load_adapter_state(state)

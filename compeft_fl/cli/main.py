@@ -1,8 +1,8 @@
 """The command ``compeft-fl``: federations from one line, and adapter folders as small files.
 
 `compeft_fl.cli.run` and `compeft_fl.cli.deploy` run federations, `compeft_fl.cli.bench` measures,
-`compeft_fl.cli.state` clears what nodes remember, `compeft_fl.cli.experts` keeps and fetches
-adapters, and `compeft_fl.cli.adapters` does the rest.
+`compeft_fl.cli.state` clears what nodes remember, `compeft_fl.cli.chat` asks a model,
+`compeft_fl.cli.experts` keeps and fetches adapters, and `compeft_fl.cli.adapters` does the rest.
 What cannot be done is one line on stderr and exit code 2, whatever files and names hold.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 import compeft_fl
 from compeft_fl import codecs
-from compeft_fl.cli import adapters, bench, deploy, experts, run, state
+from compeft_fl.cli import adapters, bench, chat, deploy, experts, run, state
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import CompeftError
 from compeft_fl.merging.accumulators import TIE_RULES
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
     deploy.add_parsers(commands)
+    chat.add_parser(commands)
     bench.add_parser(commands)
     state.add_parser(commands)
     experts.add_parser(commands)

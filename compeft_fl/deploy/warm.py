@@ -301,7 +301,7 @@ def _tell(news: int) -> None:
     """Tell the process that serves which run's model and data this client has built."""
     from compeft_fl.app import client_app
 
-    if client_app._prepared and client_app._prepared[0].classifier.device.type == "cpu":
+    if client_app._prepared and client_app._prepared[0].task.device.type == "cpu":
         line = json.dumps(client_app._prepared[0].config.to_run_config()).encode() + b"\n"
         if len(line) <= _ATOMIC_BYTES:
             os.write(news, line)

@@ -52,6 +52,8 @@ class RoundRecord:
         and one in every reply that brings an update.
     seconds : float
         From the end of the round before to the end of this one.
+    more : dict of str to float
+        Further scores of the task, such as ``perplexity``.
     """
 
     accuracy: float | None = None
@@ -65,6 +67,7 @@ class RoundRecord:
     uplink_dense_bytes: int = 0
     downlink_dense_bytes: int = 0
     seconds: float = 0.0
+    more: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass
@@ -85,6 +88,7 @@ class RunRecord:
         ``accuracy`` and ``loss`` begin with round 0; the lists of bytes begin with round 1.
         """
         trained = self.rounds[1:]
+        more = [record.more for record in self.rounds]
         fields = [
             f"{way}_{kind}_bytes" for kind in ("payload", "dense") for way in ("uplink", "downlink")
         ]
@@ -95,6 +99,7 @@ class RunRecord:
             "num_parameters": self.num_parameters,
             "accuracy": [record.accuracy for record in self.rounds],
             "loss": [record.loss for record in self.rounds],
+            **({"more": more} if any(more) else {}),
             **{name: [getattr(record, name) for record in trained] for name in fields},
             "replies": [record.replies for record in trained],
             "set_aside": [record.set_aside for record in trained],
@@ -210,10 +215,19 @@ class Journal:
         """See `compeft_fl.strategies.TransferObserver.on_transfer`."""
         self.ledger.add(transfer)
 
-    def on_score(self, server_round: int, accuracy: float, loss: float) -> None:
-        """Note the global adapter's accuracy (0 to 1) and loss after a round; the round ends."""
+    def on_score(
+        self,
+        server_round: int,
+        accuracy: float,
+        loss: float,
+        more: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note the global adapter's accuracy (0 to 1) and loss after a round; the round ends.
+
+        ``more`` has further scores by name.
+        """
         record = self._round(server_round)
-        record.accuracy, record.loss = accuracy, loss
+        record.accuracy, record.loss, record.more = accuracy, loss, dict(more or {})
         now = time.perf_counter()
         record.seconds, self._round_ended = now - self._round_ended, now
         sent = {
@@ -223,7 +237,9 @@ class Journal:
             for direction in ("up", "down")
             for what in ("raw", "payload", "message")
         }
-        self._write("score", round=server_round, accuracy=accuracy, loss=loss, **sent)
+        self._write(
+            "score", round=server_round, accuracy=accuracy, loss=loss, **record.more, **sent
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, for `restore`."""

@@ -26,6 +26,7 @@ __all__ = ["link_latest", "plot", "table", "write"]
 SUMMARY_FILE: Final = "summary.json"
 METRICS_FILE: Final = "metrics.csv"
 PLOT_FILE: Final = "accuracy.png"
+_COLUMNS: Final = 1  # of further scores, in a table of 80 columns
 
 _UP, _BOTH = "#0072b2", "#d55e00"  # told apart by everyone
 
@@ -134,13 +135,17 @@ def table(summary: Mapping[str, Any]) -> Table:
         caption_justify="left",
         show_footer=True,
     )
-    headers = ["round", "accuracy", "loss", "sent up", "of dense", "sent down", "of dense"]
+    more: list[Mapping[str, float]] = summary.get("more") or [{}] * len(summary["loss"])
+    further = sorted({name for scores in more for name in scores})
+    further = further if len(further) <= _COLUMNS else []  # else they are in metrics.csv
+    headers = ["round", "accuracy", "loss", *further]
+    headers += ["sent up", "of dense", "sent down", "of dense"]
     sums = [
         summary[f"{way}_{kind}_bytes"]
         for way in ("uplink", "downlink")
         for kind in ("payload", "dense")
     ]
-    footers = ["all", "", "", *_sent(*map(sum, sums))]
+    footers = ["all", "", "", *[""] * len(further), *_sent(*map(sum, sums))]
     ledger = summary.get("ledger") or {}
     kept = [ledger.get(name, []) for name in ("cosine", "relative_error")]
     if any(value is not None for values in kept for value in values):
@@ -155,6 +160,7 @@ def table(summary: Mapping[str, Any]) -> Table:
             str(index),
             percent(accuracy),
             "-" if loss is None else f"{loss:.3f}",
+            *("-" if name not in more[index] else f"{more[index][name]:.3g}" for name in further),
             *(_sent(*(column[index - 1] for column in sums)) if index else ()),
             *(_figure(values, index - 1) for values in kept if index and "cosine" in headers),
         )
@@ -210,11 +216,13 @@ def _mark_ends(axes: Axes, values: Sequence[float | None]) -> None:
 
 
 def _write_metrics(path: Path, record: RunRecord) -> None:
-    columns = [field.name for field in dataclasses.fields(RoundRecord)]
+    columns = [f.name for f in dataclasses.fields(RoundRecord) if f.name != "more"]
+    further = sorted({name for entry in record.rounds for name in entry.more})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["round", *columns])
+        writer.writerow(["round", *columns, *further])
         for index, entry in enumerate(record.rounds):
             values = [getattr(entry, column) for column in columns]
+            values += [entry.more.get(name) for name in further]
             rounded = [round(v, 6) if isinstance(v, float) else v for v in values]
             writer.writerow([index, *rounded])

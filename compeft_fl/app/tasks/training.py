@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.tasks.base import Score, TrainResult, round_seed
 from compeft_fl.app.tasks.data import Rows
 from compeft_fl.app.tasks.model import Classifier, by_length
 from compeft_fl.errors import ConfigError
@@ -21,37 +21,6 @@ __all__ = ["Score", "TrainResult", "evaluate", "round_seed", "train"]
 
 _EVALUATION_BATCH: Final = 64
 _WINDOW: Final = 16
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a node's training in one round came to.
-
-    Parameters
-    ----------
-    loss : float
-        Mean cross-entropy over the steps.
-    steps : int
-        Optimiser steps.
-    num_examples : int
-        Rows that the node holds: its weight in a merge.
-    seconds : float
-        Wall time.
-    """
-
-    loss: float
-    steps: int
-    num_examples: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy (part of the rows, 0 to 1) and mean cross-entropy on `num_examples` rows."""
-
-    accuracy: float
-    loss: float
-    num_examples: int
 
 
 def train(classifier: Classifier, rows: Rows, config: AppConfig, seed: int) -> TrainResult:
@@ -90,12 +59,6 @@ def train(classifier: Classifier, rows: Rows, config: AppConfig, seed: int) -> T
         optimizer.step()
         total, steps = total + value, steps + 1
     return TrainResult(total / steps, steps, len(rows), time.perf_counter() - started)
-
-
-def round_seed(config: AppConfig, server_round: int, partition_id: int) -> int:
-    """Return the seed of one node's training in one round: another for each, always the same."""
-    sequence = np.random.SeedSequence([config.seed, server_round, partition_id])
-    return int(sequence.generate_state(1)[0])
 
 
 def evaluate(classifier: Classifier, rows: Rows, config: AppConfig) -> Score:

@@ -1,0 +1,163 @@
+"""Tables of rows: the package's own, files of JSON lines, CSV and Parquet, and Hugging Face's.
+
+Everything here is decided by the configuration and its seed alone, so that every node and the
+server see the same splits without exchanging a byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+
+import numpy as np
+
+from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["EMBEDDED", "Table", "load_tables", "three_splits"]
+
+EMBEDDED: Final = {
+    f"debian-{task}": f"debian-{task}.jsonl" for task in ("section", "role", "interface", "lang")
+}
+"""Data sets inside the package: name -> file under ``compeft_fl/app/embedded``."""
+
+_FORMATS: Final = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEST_PART: Final = 0.2
+_VALIDATION_PART: Final = 0.1
+
+Table = dict[str, list[Any]]
+"""Columns by name, all of one length."""
+
+
+class _Rows(Protocol):
+    """Rows of which some can be taken."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
+        """Return the rows at `indices`, in that order."""
+
+
+_R = TypeVar("_R", bound=_Rows)
+
+
+def load_tables(config: AppConfig) -> dict[str, Table]:
+    """Return the tables of the data that the configuration names, by split.
+
+    Only the splits that the configuration names; one that is not there is left out.
+
+    Raises
+    ------
+    ConfigError
+        Where the file, the data set or the split to train on does not exist.
+    """
+    if config.data in EMBEDDED:
+        splits = _by_column(_embedded(EMBEDDED[config.data]), config)
+    elif Path(config.data).suffix in _FORMATS:
+        splits = _by_column(_file(Path(config.data)), config)
+    else:
+        splits = _hub(config)
+    if config.train_split not in splits:
+        raise ConfigError(
+            f'train-split: no split "{config.train_split}"{suggestion(config.train_split, splits)}'
+        )
+    names = (config.train_split, config.validation_split, config.test_split)
+    return {name: splits[name] for name in names if name in splits}
+
+
+def three_splits(rows: Mapping[str, _R], config: AppConfig) -> tuple[_R, _R, _R]:
+    """Return the rows to train on, to calibrate with and to score, of those that there are.
+
+    A split that the data does not have is cut off the training rows by the seed: 20 % for test,
+    then 10 % of the rest for validation. ``limit-rows`` draws from each.
+
+    Raises
+    ------
+    ConfigError
+        Where a split is empty.
+    """
+    rows = dict(rows)
+    rng = np.random.default_rng(config.seed)
+    train = rows[config.train_split]
+    for name, part in (
+        (config.test_split, _TEST_PART),
+        (config.validation_split, _VALIDATION_PART),
+    ):
+        if name not in rows:
+            order = rng.permutation(len(train))
+            size = int(part * len(train))
+            rows[name] = train.take(np.sort(order[:size]))
+            train = train.take(np.sort(order[size:]))
+    rows[config.train_split] = train
+    limited = []
+    for name in (config.train_split, config.validation_split, config.test_split):
+        split = rows[name]
+        if config.limit_rows and len(split) > config.limit_rows:
+            split = split.take(np.sort(rng.permutation(len(split))[: config.limit_rows]))
+        if not len(split):
+            raise ConfigError(f'data: the split "{name}" of {config.data} has no rows')
+        limited.append(split)
+    return limited[0], limited[1], limited[2]
+
+
+def _embedded(file: str) -> Table:
+    text = resources.files("compeft_fl.app").joinpath("embedded", file).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def _file(path: Path) -> Table:
+    """Return a file's columns, read by the `datasets` library, without a copy in its cache."""
+    if not path.is_file():
+        raise ConfigError(f"data: no file {path}")
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    readers = {"json": Dataset.from_json, "csv": Dataset.from_csv, "parquet": Dataset.from_parquet}
+    try:
+        dataset = readers[_FORMATS[path.suffix]](str(path), keep_in_memory=True)
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"data: {path} cannot be read as {path.suffix}: {reason}") from None
+    return {column: list(dataset[column]) for column in dataset.column_names}
+
+
+def _hub(config: AppConfig) -> dict[str, Table]:
+    """Return the splits of a Hugging Face dataset, labels as names."""
+    from datasets import ClassLabel, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        loaded = load_dataset(config.data, config.data_config or None)
+    except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError) as error:
+        choices = suggestion(config.data, EMBEDDED)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f'data: "{config.data}" is no file and no dataset that loads ({reason}){choices}'
+        ) from None
+    splits: dict[str, Table] = {}
+    for name, dataset in loaded.items():
+        table: Table = {column: list(dataset[column]) for column in dataset.column_names}
+        feature = dataset.features.get(config.label_column)
+        if isinstance(feature, ClassLabel):
+            table[config.label_column] = [feature.int2str(i) for i in table[config.label_column]]
+        splits[name] = table
+    return splits
+
+
+def _by_column(table: Table, config: AppConfig) -> dict[str, Table]:
+    """Return a table's rows by the value of its split column, or all of them as training rows."""
+    if config.split_column not in table:
+        return {config.train_split: table}
+    splits: dict[str, Table] = {}
+    for row, name in enumerate(table[config.split_column]):
+        split = splits.setdefault(str(name), {column: [] for column in table})
+        for column, values in table.items():
+            split[column].append(values[row])
+    return splits
