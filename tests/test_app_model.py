@@ -248,6 +248,7 @@ def test_peft_alone_loads_the_folder(build, tiny_model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base.json",
         "head.json",
         "head.safetensors",
     ]

@@ -51,7 +51,7 @@ def test_training_learns_and_the_score_says_so(task, start, instruct_config):
     found = fine_tuning.train(task.model, rows, config, 0.02, seed=1)
     after = task.evaluate(task.test_rows)
     assert (found.steps, found.num_examples) == (40, len(rows))
-    assert after.loss < before.loss - 1
+    assert after.loss < before.loss - 0.3  # of a random model, whose embeddings stay
     assert after.accuracy > before.accuracy + 0.1
 
 
@@ -192,10 +192,23 @@ def test_a_quantised_base_is_trained_on(instruct_config, quantization):
     rows = task.formatter.encode(task.data.train.rows)
     config = dataclasses.replace(instruct_config, local_steps=20)
     losses = [fine_tuning.train(each.model, rows, config, 0.02, 1).loss for each in (task, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
     after = task.evaluate(task.test_rows)
-    assert after.loss < before.loss - 0.3
+    assert after.loss < before.loss - 0.2
     assert after.loss == pytest.approx(whole.evaluate(whole.test_rows).loss, rel=0.05)
+
+
+def test_scoring_in_4_bits_leaves_gradients_as_they_are(instruct_config):
+    """bitsandbytes packs weights anew when they are first used, and then has no gradients."""
+    pytest.importorskip("bitsandbytes")
+    states = []
+    for scored in (False, True):
+        task = built(instruct_config, quantization="4bit")
+        if scored:
+            task.evaluate(task.test_rows)
+        task.train(task.node_rows(NODE), 1, 1)
+        states.append(task.adapter_state())
+    assert difference(*states) == 0
 
 
 def test_4_bits_without_bitsandbytes_say_what_to_install(instruct_config, monkeypatch):

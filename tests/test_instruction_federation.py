@@ -127,7 +127,7 @@ def test_tokens_come_as_they_are_made_and_terminals_are_safe(finished, instruct_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-folder"], "expected adapter_config.json in an adapter folder"),
+        (["no-such-folder"], "expected an adapter folder, found nothing of that name"),
         (["FOLDER", "--model", "OTHER"], "expected the base model that the adapter was trained on"),
         (["FOLDER", "--prompt", 600 * "x"], "expected fewer than 512 tokens"),
         (["FOLDER", "--max-tokens", "0"], "expected at least 1, found 0"),

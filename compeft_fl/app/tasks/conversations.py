@@ -222,9 +222,7 @@ def _turn(where: str, message: Any) -> Turn:
 
 def _text(where: str, what: str, value: Any) -> str:
     if value is None or not str(value).strip():
-        raise ConfigError(
-            f"data: {where}: expected a {what}, found an empty one: leave the row out"
-        )
+        raise ConfigError(f"data: {where}: expected a {what}, found none: leave the row out")
     return str(value)
 
 

@@ -144,6 +144,7 @@ def _arguments(
         remove_unused_columns=False,
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # which would hide that the loss ran away
         report_to="none",
         disable_tqdm=True,
     )

@@ -82,9 +82,32 @@ def build(config: AppConfig) -> LanguageModel:
         raise ConfigError(
             f"peft-method {config.peft_method} does not fit {config.model}: {one_line(error)}"
         ) from error
+    _round_start(model.network)
     model.network.peft_config["default"].base_model_name_or_path = config.model
     model.network.to(model.device)  # prompts of prompt tuning
     return model
+
+
+def _round_start(network: nn.Module) -> None:
+    """Round the adapter's start to bfloat16, as PEFT does where the base model is in it.
+
+    So the seed gives one start on a server in float32, a node in bfloat16, and one in 4 bits.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            rounded = parameter.data.to(torch.bfloat16)
+            parameter.data = rounded.to(torch.promote_types(parameter.dtype, torch.bfloat16))
+
+
+def _keep_packing(network: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew on some CPUs when they are first used.
+
+    Its kernel for that packing has no gradients, and what is trained after it was scored learns
+    from wrong ones: with a warning, and no error (bitsandbytes 0.50).
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def with_adapter(config: AppConfig, folder: Path) -> LanguageModel:
@@ -143,6 +166,7 @@ def load_base(config: AppConfig) -> LanguageModel:
             f"{one_line(error, 300)}"
         ) from error
     digest = base_digest(network)
+    _keep_packing(network)
     if config.quantization == "none":
         network.to(device)
     _check_tokenizer(tokenizer, config)
