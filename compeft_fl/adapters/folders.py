@@ -280,7 +280,7 @@ def peft_state(model: Any, adapter_name: str = "default") -> dict[str, Any]:
     """
     from peft import get_peft_model_state_dict
 
-    _check_direct(model, adapter_name)
+    check_direct(model, adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
@@ -310,7 +310,7 @@ def load_peft_state(model: Any, state: Mapping[str, Any], adapter_name: str = "d
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
 
-def _check_direct(model: Any, adapter_name: str) -> None:
+def check_direct(model: Any, adapter_name: str) -> None:
     """Raise AdapterError where an adapter's state is not what is trained."""
     config = model.peft_config[adapter_name]
     method = str(getattr(config.peft_type, "value", config.peft_type))

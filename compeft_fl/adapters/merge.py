@@ -24,7 +24,15 @@ from compeft_fl.merging.accumulators import Accumulator, Average, TaskArithmetic
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 
-__all__ = ["METHODS", "AdapterMerge", "check_comparable"]
+__all__ = [
+    "METHODS",
+    "AdapterMerge",
+    "MergeRule",
+    "check_comparable",
+    "check_mergeable",
+    "check_settings",
+    "is_by_factors",
+]
 
 METHODS: Final = ("ties", "average", "task-arithmetic")
 
@@ -73,6 +81,92 @@ def _difference(one: StoredUpdate, other: StoredUpdate) -> str:
     return text
 
 
+class MergeRule:
+    """How updates of one kind are merged: whole, or a range of tensors at a time.
+
+    Parameters
+    ----------
+    method : {"ties", "average", "task-arithmetic", "lorahub"}
+        "lorahub": the weighted sum of the adapters' tensors, and not of their changes: each factor
+        is summed by itself, its start included (https://arxiv.org/abs/2307.13269, eq. 1).
+    scaling : float
+        lambda of ties and task-arithmetic.
+    tie : str
+        Of ties: see `compeft_fl.Ties`.
+    peft_method : str
+        ``"LORA"``.
+    by_factors : bool
+        Is the task vector the factors of a product themselves?
+
+    Raises
+    ------
+    ParameterError
+        A method or a setting that there is not.
+    """
+
+    def __init__(
+        self, method: str, scaling: float, tie: str, peft_method: str, by_factors: bool
+    ) -> None:
+        self.method = method
+        self._by_factors = by_factors and method != "lorahub"
+        self._scaling = scaling
+        self._peft_method = peft_method
+        self._empty = _accumulator(method, 1.0 if self._by_factors else scaling, tie)
+
+    def accumulator(self) -> Accumulator:
+        """An empty one."""
+        return self._empty.fresh()
+
+    def signed(self, update: Update, weight: float) -> Update:
+        """The update, or its opposite where the weight is below 0."""
+        return update if weight > 0 else _negated(update, self._scaled(update.layout))
+
+    def start_weight(self, weights: Sequence[float]) -> float:
+        """How much the start counts beside the merged change."""
+        return float(sum(weights)) if self.method == "lorahub" else 1.0
+
+    def finished(self, merged: TaskVector, total_weight: float) -> TaskVector:
+        """An accumulator's result, scaled in the factors that a number goes to; in place."""
+        if not self._by_factors or self.method == "average":
+            return merged
+        scaled = set(self._scaled(merged.layout))
+        values: Any = merged.values
+        for index, (_, where) in enumerate(merged.layout.slices()):
+            if index in scaled:
+                values[where] *= np.float32(self._scaling)
+            elif self.method == "task-arithmetic":
+                values[where] /= np.float32(total_weight)
+        merged.check_finite()
+        return merged
+
+    def _scaled(self, layout: Layout) -> list[int]:
+        """The tensors that a number or a sign goes to, as indices."""
+        every = range(len(layout.tensors))
+        if not self._by_factors:
+            return list(every)
+        names = [tensor.name for tensor in layout.tensors]
+        return [i for i in every if factors.is_scaled(self._peft_method, names[i])]
+
+
+def is_by_factors(config: Mapping[str, Any], layout: Layout, start: str) -> bool:
+    """Is a task vector the factors of a product themselves?
+
+    Parameters
+    ----------
+    config : mapping
+        The adapter's configuration.
+    layout : Layout
+    start : str
+        The tag of `Start`.
+    """
+    method = str(config["peft_type"])
+    return (
+        not start.startswith("blake2b:")
+        and factors.start_value(method) == 0
+        and len(factors.groups(method, layout)) > 1
+    )
+
+
 class AdapterMerge:
     """A merge of files, one in memory at a time.
 
@@ -100,17 +194,12 @@ class AdapterMerge:
         tie: str | None = None,
         any_base: bool = False,
     ) -> None:
-        if tie is not None and method != "ties":
-            raise ParameterError(f"--tie belongs to ties, not to {method}")
-        if method == "average" and scaling is not None:
-            raise ParameterError("--scaling belongs to ties and task-arithmetic, not to average")
-        self._method = method
-        self._scaling = 1.0 if scaling is None else scaling
-        self._tie = tie or "zero"
+        check_settings(method, scaling, tie)
+        self._settings = method, 1.0 if scaling is None else scaling, tie or "zero"
         self._any_base = any_base
         self._first: StoredUpdate | None = None
-        self._by_factors = False
-        self._sum: Accumulator = _accumulator(method, self._scaling, self._tie)
+        self._rule = MergeRule(*self._settings, "", False)
+        self._sum: Accumulator = self._rule.accumulator()
         self._carried: list[Mapping[str, Any]] = []
         self._weights: list[float] = []
 
@@ -121,12 +210,7 @@ class AdapterMerge:
 
     def check(self, stored: StoredUpdate) -> None:
         """Raise AdapterError where a file cannot be merged, whatever the others are."""
-        check_known(stored.config)
-        if changes_base(stored.config) and not stored.needs_init and self._method != "average":
-            raise AdapterError(
-                f"init_lora_weights {stored.config['init_lora_weights']!r} takes the start out of "
-                f"the base's weights, so that {self._method} needs it: compress with --init DIR"
-            )
+        check_mergeable(stored, self._rule.method)
 
     def check_with_first(self, stored: StoredUpdate) -> None:
         """Raise where a file's tensors don't mean what the first one's do: `check_comparable`."""
@@ -150,29 +234,15 @@ class AdapterMerge:
         """
         self.check(stored)
         self.check_with_first(stored)
-        method, layout = str(stored.config["peft_type"]), stored.update.layout
         if self._first is None:
             self._first = stored
-            self._by_factors = (
-                not stored.needs_init
-                and factors.start_value(method) == 0
-                and len(factors.groups(method, layout)) > 1
-            )
-            if self._by_factors:
-                self._sum = _accumulator(self._method, 1.0, self._tie)
-        update = stored.update
-        if weight < 0:
-            update = _negated(update, self._scaled(layout, method))
-        self._sum.add(update, abs(weight))
+            peft_method = str(stored.config["peft_type"])
+            by_factors = is_by_factors(stored.config, stored.update.layout, stored.start)
+            self._rule = MergeRule(*self._settings, peft_method, by_factors)
+            self._sum = self._rule.accumulator()
+        self._sum.add(self._rule.signed(stored.update, weight), abs(weight))
         self._carried.append(stored.carried)
         self._weights.append(weight)
-
-    def _scaled(self, layout: Layout, method: str) -> list[int]:
-        """The tensors that a number or a sign goes to, as indices."""
-        every = range(len(layout.tensors))
-        if not self._by_factors:
-            return list(every)
-        return [i for i in every if factors.is_scaled(method, layout.tensors[i].name)]
 
     def result(self) -> StoredUpdate:
         """The merged update, as if it had been read from a file.
@@ -185,23 +255,33 @@ class AdapterMerge:
         merged = self._sum.result()
         assert self._first is not None  # or there would be no result
         first = self._first
-        if self._by_factors and self._method != "average":
-            scaled = set(self._scaled(merged.layout, str(first.config["peft_type"])))
-            values: Any = merged.values
-            for index, (_, where) in enumerate(merged.layout.slices()):
-                if index in scaled:
-                    values[where] *= np.float32(self._scaling)
-                elif self._method == "task-arithmetic":
-                    values[where] /= np.float32(self._sum.total_weight)
-            merged.check_finite()
+        merged = self._rule.finished(merged, self._sum.total_weight)
         carried = merge_carried(self._carried, self._weights)
         return StoredUpdate(merged, first.config, first.start, "dense", 0, 0, carried)
+
+
+def check_settings(method: str, scaling: float | None, tie: str | None) -> None:
+    """Raise ParameterError for a setting that a method does not have."""
+    if tie is not None and method != "ties":
+        raise ParameterError(f"--tie belongs to ties, not to {method}")
+    if method in ("average", "lorahub") and scaling is not None:
+        raise ParameterError(f"--scaling belongs to ties and task-arithmetic, not to {method}")
+
+
+def check_mergeable(stored: StoredUpdate, method: str) -> None:
+    """Raise AdapterError where a file cannot be merged by a method, whatever the others are."""
+    check_known(stored.config)
+    if changes_base(stored.config) and not stored.needs_init and method != "average":
+        raise AdapterError(
+            f"init_lora_weights {stored.config['init_lora_weights']!r} takes the start out of "
+            f"the base's weights, so that {method} needs it: compress with --init DIR"
+        )
 
 
 def _accumulator(method: str, scaling: float, tie: str) -> Accumulator:
     if method == "average":
         return Average()
-    if method == "task-arithmetic":
+    if method in ("task-arithmetic", "lorahub"):
         return TaskArithmetic(scaling)
     if method == "ties":
         return Ties(scaling, tie)

@@ -253,7 +253,7 @@ def _count_ones(words: Any) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _find_one(words: Any, rank: int) -> int:
+def find_one(words: Any, rank: int) -> int:
     """The bit position of the one with ``rank`` ones before it."""
     index = 0
     while index < words.size:
@@ -329,7 +329,7 @@ def count_ones(stream: bytes, rank: int) -> tuple[int, int]:
     Where there are fewer, the second number means nothing.
     """
     words = words_of(stream)
-    return int(_count_ones(words)), int(_find_one(words, rank - 1)) + 1 if rank else 0
+    return int(_count_ones(words)), int(find_one(words, rank - 1)) + 1 if rank else 0
 
 
 def read_streams(
@@ -346,9 +346,20 @@ def read_streams(
     The caller has checked each stream's length against the tables, and that ``quotients`` has as
     many ones as there are nonzeros.
     """
+    streams = [words_of(stream) for stream in (quotients, remainders, signs)]
+    return read_words(num_parameters, level, counts, rice, *streams)
+
+
+def read_words(
+    num_parameters: int,
+    level: int,
+    counts: NDArray[np.int64],
+    rice: NDArray[np.uint8],
+    *streams: Words,
+) -> tuple[Words, Words, int]:
+    """`read_streams`, of streams that are words already, with a word of zeros after each."""
     words = num_words(num_parameters)
     positive, negative = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
-    streams = [words_of(stream) for stream in (quotients, remainders, signs)]
     bits = np.stack([counts * rice, counts])
     words_per_block = (1 << level) // LANES
 
@@ -356,7 +367,7 @@ def read_streams(
         start, stop = first_word // words_per_block, -(-last_word // words_per_block)
         before = bits[:, :start].sum(axis=1)
         ones = int(before[1])
-        q_at = int(_find_one(streams[0], ones - 1)) + 1 if ones else 0
+        q_at = int(find_one(streams[0], ones - 1)) + 1 if ones else 0
         at = np.array([q_at, before[0], before[1]], np.int64)
         return int(
             _read_streams(

@@ -67,6 +67,17 @@ def to_dense(
     return torch.where(positive, each, torch.where(negative, -each, zero))
 
 
+def to_dense_range(masks: Sequence[Any], scale: float, where: slice, device: Any) -> Tensor:
+    """`to_dense` of the parameters of one slice and one scale; masks of the CPU, or the device."""
+    first, last = where.start >> 3, (where.stop + 7) >> 3
+    signs = []
+    for mask in masks:
+        packed = mask if isinstance(mask, Tensor) else torch.from_numpy(mask.view(np.uint8))
+        bits = unpack(packed[first:last].to(device), 8 * (last - first))
+        signs.append(bits[where.start & 7 :][: where.stop - where.start].float())
+    return (signs[0] - signs[1]) * scale
+
+
 # --- top-k, the best support, and sums ------------------------------------------------------------
 
 
