@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from compeft_fl.ablations import variant_of
 from compeft_fl.compeft import keep_top_k, scale_of
 from compeft_fl.errors import ParameterError
 from compeft_fl.task_vector import TaskVector
@@ -28,7 +29,7 @@ class Trial(NamedTuple):
 class Tuned(NamedTuple):
     """The best update, how it was made, and every point that was tried."""
 
-    update: TernaryVector
+    update: TernaryVector | TaskVector
     density: float
     alpha: float
     score: float
@@ -37,11 +38,12 @@ class Tuned(NamedTuple):
 
 def tune(
     tau: TaskVector,
-    metric: Callable[[TernaryVector], float],
+    metric: Callable[[Any], float],
     *,
     densities: Sequence[float] = DENSITIES,
     alphas: Sequence[float] = ALPHAS,
     maximize: bool = True,
+    variant: str = "compeft",
 ) -> Tuned:
     """Try every density with every scale alpha * sigma(tau), and keep the best by a metric.
 
@@ -55,6 +57,9 @@ def tune(
     maximize : bool
         False: the smallest number is the best. Of equal ones the smaller density, then the smaller
         alpha.
+    variant : str
+        Of `compeft_fl.ablations.VARIANTS`. One without alpha is tried once at each density, as
+        alpha 1.
 
     Raises
     ------
@@ -73,12 +78,17 @@ def tune(
         raise ParameterError("expected at least one density and one alpha to try, found none")
     trials: list[Trial] = []
     best: Tuned | None = None
+    chosen = variant_of(variant)
     for density in sorted(densities):
-        kept = keep_top_k(tau, density)
-        for alpha in sorted(alphas):
+        kept = keep_top_k(tau, density)  # once for all alphas
+        for alpha in sorted(alphas) if chosen.tuned else [1.0]:
             if not (alpha > 0 and math.isfinite(alpha)):
                 raise ParameterError(f"expected a finite alpha > 0, found {alpha!r}")
-            update = kept.with_scales(scale_of(tau, kept, alpha))
+            update: Any = (
+                kept.with_scales(scale_of(tau, kept, alpha))
+                if variant == "compeft"
+                else chosen.apply(tau, density, alpha)
+            )
             score = float(metric(update))
             trials.append(Trial(density, alpha, score))
             if math.isnan(score):

@@ -19,7 +19,14 @@ from compeft_fl.errors import AdapterError
 from compeft_fl.printable import one_line, quoted
 from compeft_fl.task_vector import is_torch
 
-__all__ = ["StoredTensors", "float32_pieces", "require_torch"]
+__all__ = [
+    "PIECE",
+    "STORED_SIZES",
+    "StoredTensor",
+    "StoredTensors",
+    "float32_pieces",
+    "require_torch",
+]
 
 PIECE: Final = 1 << 20  # parameters that are read at once
 
@@ -39,6 +46,8 @@ _NUMPY: Final[Mapping[str, str]] = {
     "U8": "u1",
     "BOOL": "?",
 }
+STORED_SIZES: Final = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY.items()}
+"""Bytes of a value, by safetensors' names of data types."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,13 @@ class StoredTensors(Mapping[str, Any]):
             if tensor.stored_dtype == "BF16":
                 values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
             yield start, values.astype(np.float32, copy=False)
+
+    def raw(self, name: str, start: int, size: int) -> Iterator[bytes]:
+        """A tensor's bytes as they are stored, from value ``start`` on, ``size`` at a time."""
+        tensor = self.tensors[name]
+        step = max(1, size // STORED_SIZES[tensor.stored_dtype])
+        for at in range(start, tensor.size, step):
+            yield self._read(tensor, at, min(tensor.size, at + step)).tobytes()
 
     def _read(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[Any]:
         dtype = np.dtype(_NUMPY[tensor.stored_dtype])

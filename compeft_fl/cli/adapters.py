@@ -19,11 +19,13 @@ from compeft_fl.adapters import files
 from compeft_fl.adapters.compression import CompressedAdapter, compress_adapter, keep_adapter
 from compeft_fl.adapters.meaning import base_model, check_known
 from compeft_fl.adapters.merge import AdapterMerge, check_comparable
+from compeft_fl.cli import whole_models
 from compeft_fl.cli.tables import Table, say
 from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import check_density, check_scale
 from compeft_fl.compeft import compress as compress_vector
 from compeft_fl.errors import AdapterError, CompeftError, ParameterError
+from compeft_fl.full import is_checkpoint_file
 from compeft_fl.task_vector import TensorSpec
 from compeft_fl.ternary import TernaryVector
 
@@ -50,7 +52,9 @@ def compress(options: argparse.Namespace) -> int:
     factored = options.codec == "factored"
     if factored and any(x is not None for x in (options.scale, options.support)):
         raise ParameterError("codec factored has scales of its own: no --scale, no --support")
-    adapter = adapters.open_folder(options.folder)
+    if len(options.folders) != 1:
+        return whole_models.compress(options, density, scale, support)
+    adapter = adapters.open_folder(options.folders[0])
     init = adapters.open_folder(options.init) if options.init else None
     if dense:
         made = keep_adapter(adapter, init, options.codec)
@@ -100,6 +104,8 @@ def _warn_of_loss(made: CompressedAdapter) -> None:
 def decompress(options: argparse.Namespace) -> int:
     """Restore an adapter folder."""
     adapters.check_output(options.output, force=options.force)
+    if is_checkpoint_file(options.file):
+        return whole_models.decompress(options)
     stored = _read(options.file, options)
     init = adapters.load_folder(options.init) if options.init else None
     adapter = files.restore(stored, init)
@@ -110,6 +116,8 @@ def decompress(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Show what is in files."""
+    if any(is_checkpoint_file(file) for file in options.files):
+        return whole_models.inspect(options)
     tensors: list[Table] = []
 
     def each() -> Iterator[files.StoredUpdate]:  # one in memory at a time
@@ -128,6 +136,8 @@ def inspect(options: argparse.Namespace) -> int:
 def merge(options: argparse.Namespace) -> int:
     """Merge files into one adapter folder, one file in memory at a time."""
     adapters.check_output(options.output, force=options.force)
+    if any(is_checkpoint_file(file) for file in options.files):
+        return whole_models.merge(options)
     merged = AdapterMerge(
         options.method, scaling=options.scaling, tie=options.tie, any_base=options.any_base
     )

@@ -150,12 +150,23 @@ cosine and error (the norm of what is lost, over the norm of all) compare the up
 difference that was compressed. Without a start, the change's cosine compares the changes of the
 weights. Integers, statistics and float64 are kept as they are.
 
+Two folders with whole models, a base and its full fine-tuning: the difference between the two is
+compressed, piece by piece. Of a tensor that has grown by rows (a vocabulary with added tokens) the
+new rows are kept as they are; so is what the base does not have, or not so (a new head).
+
 examples:
   compeft-fl compress my-lora -o my-lora.compeft
+  compeft-fl compress base-model fine-tuned-model -o my-model.compeft
   compeft-fl compress my-lora -o my-lora.compeft --density 0.2 --scale 3 --init my-lora-untrained
 """,
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="an adapter folder")
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        help="an adapter folder; or two: a base model's, and that of its full fine-tuning",
+    )
     _add_output(parser, "FILE", "the file to write, by custom named .compeft")
     parser.add_argument(
         "--density",
@@ -191,15 +202,17 @@ def _add_decompress(commands: Any) -> None:
         adapters.decompress,
         "restore an adapter folder from a file",
         """\
-The folder loads with PeftModel.from_pretrained. A file that was made with --init needs it again.
+The folder loads with PeftModel.from_pretrained. A file that was made with --init needs it again,
+and that of a whole model its base, from which it also takes what did not change (tokenizer).
 
-example:
+examples:
   compeft-fl decompress my-lora.compeft -o restored
+  compeft-fl decompress my-model.compeft --base base-model -o restored
 """,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="a .compeft file")
     _add_output(parser, "DIR", "the folder to write")
-    parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+    _add_start(parser)
     parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
     _add_limit(parser)
 
@@ -263,7 +276,7 @@ examples:
         type=_numbers,
         help="one number per file, not 0 (default 1)",
     )
-    parser.add_argument("--init", metavar="DIR", type=Path, help=_INIT_HELP)
+    _add_start(parser)
     parser.add_argument("--any-base", action="store_true", help=_ANY_BASE_HELP)
     parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
     _add_limit(parser)
@@ -294,6 +307,12 @@ example:
 def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
     parser.add_argument(
         "-o", "--output", metavar=metavar, type=Path, required=True, help=text, dest="output"
+    )
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--init", "--base", metavar="DIR", type=Path, help=f"{_INIT_HELP}; or a whole model's base"
     )
 
 

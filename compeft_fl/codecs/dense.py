@@ -11,6 +11,8 @@ from compeft_fl.codecs.base import Codec, Part, Update
 from compeft_fl.errors import DTypeError, NonFiniteBodyError, ParameterError, StreamLengthError
 from compeft_fl.task_vector import Layout, is_torch
 
+__all__ = ["Dense", "DenseBFloat16", "DenseFloat16", "narrowed"]
+
 
 class Dense(Codec):
     """float32: lossless."""
@@ -77,6 +79,19 @@ class DenseBFloat16(Dense):
 
 
 _SIZES = {"DTYPE_F32": 4, "DTYPE_F16": 2, "DTYPE_BF16": 2}
+
+
+def narrowed(dtype: str, values: NDArray[np.float32]) -> bytes:
+    """Little-endian values of type ``F32``, ``F16`` or ``BF16``, rounded to nearest even.
+
+    Raises
+    ------
+    ParameterError
+        A magnitude that the type does not hold, or that no type does.
+    """
+    if not np.isfinite(values).all():
+        raise ParameterError("expected finite values, found others")
+    return _to_bytes(f"DTYPE_{dtype}", values)
 
 
 def _to_bytes(dtype: str, values: NDArray[np.float32]) -> bytes:

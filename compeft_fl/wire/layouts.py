@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Final
 
+import numpy as np
+
 from compeft_fl.errors import DTypeError, LayoutError, MalformedError
 from compeft_fl.printable import quoted
 from compeft_fl.task_vector import MAX_DIMENSIONS, Layout, TensorSpec
 from compeft_fl.wire.v1 import update_pb2
 
-__all__ = ["ID_BYTES", "difference", "layout_id", "layout_message", "read_layout"]
+__all__ = ["ID_BYTES", "difference", "layout_id", "layout_message", "part_layout", "read_layout"]
 
 ID_BYTES: Final = 16
 
@@ -37,6 +39,24 @@ def layout_id(layout: Layout) -> bytes:
     """The 16 bytes that stand for a layout: BLAKE2b-128 of its deterministic serialisation."""
     serialised = layout_message(layout).SerializeToString(deterministic=True)
     return hashlib.blake2b(serialised, digest_size=ID_BYTES).digest()
+
+
+def part_layout(layout: Layout, start: int, stop: int) -> Layout:
+    """The parameters ``start .. stop`` of a layout as tensors of their own, for a codec to write.
+
+    A tensor that is covered in part is one column, as the codecs read it.
+    """
+    offsets = layout.offsets
+    first = max(0, int(np.searchsorted(offsets, start, side="right")) - 1)
+    found = []
+    for index in range(first, len(layout.tensors)):
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        if begin >= stop:
+            break
+        tensor, covered = layout.tensors[index], min(end, stop) - max(begin, start)
+        shape = tensor.shape if covered == tensor.size else (covered, 1)
+        found.append(TensorSpec(tensor.name, shape, tensor.dtype))
+    return Layout(found)
 
 
 def read_layout(message: Any) -> Layout:

@@ -33,6 +33,7 @@ __all__ = [
     "inspect",
     "iter_parts",
     "layout_id",
+    "part_message",
 ]
 
 STYPE = "compeft_fl.wire.v1.Update"  # names the bytes, in Flower's Array.stype
@@ -206,6 +207,34 @@ def iter_parts(
         yield _message(update, codec, span, by_id, base_version, None if i else metadata)
 
 
+def part_message(
+    update: Update,
+    codec: str,
+    layout: Layout,
+    start: int,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """One part of an update that is never in memory as a whole: `encode_parts`, for a stream.
+
+    Parameters
+    ----------
+    update : TernaryVector or TaskVector
+        The parameters ``start .. start + update.num_parameters``, over their own layout
+        (`compeft_fl.wire.layouts.part_layout`).
+    layout : Layout
+        Of the whole update. The first part (``start`` 0) has it, the others name it by its id.
+    """
+    writer, d = codecs.get(codec), update.num_parameters
+    if writer.max_body_bytes(d) > MAX_BODY_BYTES:
+        raise UpdateSizeError(f"expected a part of at most {MAX_BODY_BYTES} bytes, found more")
+    head = update_pb2.Update(num_parameters=d, offset=start)
+    if start:
+        head.layout_id = layout_id(layout)
+    else:
+        head.layout.CopyFrom(layout_message(layout))
+    return _sealed(head, metadata, update_pb2.Update(**{writer.field: writer.encode(update, 0, d)}))
+
+
 def _cut_near_half(borders: list[int], start: int, stop: int) -> int:
     """The tensor border within ``start .. stop`` nearest to its half, or the half itself."""
     half = start + (stop - start) // 2
@@ -235,6 +264,11 @@ def _message(
     # Serialised messages that follow each other are one message, so this is in the order of the
     # fields' numbers; protobuf leaves the order of a map's entries to its implementations.
     body = update_pb2.Update(**{writer.field: writer.encode(update, *span)})
+    return _sealed(head, metadata, body)
+
+
+def _sealed(head: Any, metadata: Mapping[str, str] | None, body: Any) -> bytes:
+    """A message and its checksum."""
     pieces = [head, *_metadata_messages(metadata or {}), body]
     return seal(b"".join(piece.SerializeToString(deterministic=True) for piece in pieces))
 

@@ -43,6 +43,7 @@ __all__ = [
     "PLAUSIBLE_PARAMETERS",
     "PLAUSIBLE_PER_BYTE",
     "Opened",
+    "open_part",
     "open_update",
     "parse",
 ]
@@ -198,6 +199,21 @@ def open_update(
         body_bytes=sum(body.ByteSize() for body in bodies),
         _messages=messages,
     )
+
+
+def open_part(blob: bytes, layout: Layout, max_parameters: int | None = None) -> tuple[Part, int]:
+    """One part of an update over a known layout, and the size of its body in bytes.
+
+    Raises
+    ------
+    WireError
+    """
+    message, _ = parse(blob, layout)
+    body = getattr(message, message.WhichOneof("body"))
+    _check_plausible([message], [body], max_parameters)
+    reader = codecs.reader_of(message.WhichOneof("body"))
+    start, stop = message.offset, message.offset + message.num_parameters
+    return reader.decode(body, layout, start, stop), body.ByteSize()
 
 
 def _check_plausible(messages: list[Any], bodies: list[Any], most: int | None) -> None:
