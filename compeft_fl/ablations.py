@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from compeft_fl.compeft import compress, keep_top_k, scale_of
 from compeft_fl.errors import ParameterError
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
-if TYPE_CHECKING:
-    from compeft_fl.codecs.base import Update
+Update = TernaryVector | TaskVector
 
 __all__ = ["VARIANTS", "Variant", "ablate", "prune", "variant_of"]
 
