@@ -33,10 +33,11 @@ from compeft_fl.server.robustness import (
     tell_similarities,
 )
 from compeft_fl.server.rounds import Checkpointing, run_rounds
+from compeft_fl.server.server_step import ServerStep
 from compeft_fl.task_vector import Layout
 from compeft_fl.tensor_policy import TensorPolicy
 
-__all__ = ["ComPEFTStrategy", "FedAvgOptions"]
+__all__ = ["ComPEFTStrategy", "FedAvgOptions", "SharedOptions"]
 
 # How far one node may move a statistic: in medians of how far nodes do. With one of ten at most at
 # odds, what it adds to a mean dies out from round to round.
@@ -58,6 +59,15 @@ class FedAvgOptions(TypedDict, total=False):
     configrecord_key: str
     train_metrics_aggr_fn: MetricsFunction | None
     evaluate_metrics_aggr_fn: MetricsFunction | None
+
+
+class SharedOptions(FedAvgOptions, total=False):
+    """FedAvg's keywords, and those that every ComPEFT strategy hands on to `ComPEFTStrategy`."""
+
+    downlink: DownlinkOptions | None
+    tensors: TensorPolicy | Mapping[str, str] | None
+    server_learning_rate: float
+    server_momentum: float
 
 
 class ComPEFTStrategy(FedAvg):
@@ -83,6 +93,9 @@ class ComPEFTStrategy(FedAvg):
         Sets replies aside that point away from most. Default: none is, but by the bounds.
     bounds : ReplyBounds, optional
         What a single reply can do, relative to the median reply. Default: ``ReplyBounds()``.
+    server_learning_rate, server_momentum : float
+        How far the global adapter goes along a round's merge, see
+        `compeft_fl.server.server_step.ServerStep`. Default: all the way, without momentum.
     **options
         FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
         weighted mean; functions of your own get the MetricRecords only).
@@ -101,9 +114,12 @@ class ComPEFTStrategy(FedAvg):
         robustness: SignAgreementFilter | None = None,
         tensors: TensorPolicy | Mapping[str, str] | None = None,
         bounds: ReplyBounds | None = None,
+        server_learning_rate: float = 1.0,
+        server_momentum: float = 0.0,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
+        self._step = ServerStep(server_learning_rate, server_momentum)
         self.robustness = robustness
         self.bounds = ReplyBounds() if bounds is None else bounds
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
@@ -136,6 +152,7 @@ class ComPEFTStrategy(FedAvg):
         """Log the strategy's settings."""
         check_outermost(self)
         LOGGER.info("\t├──> %s", self.describe())
+        LOGGER.info("\t├──> %s", self._step.describe())
         if self.robustness is not None:
             LOGGER.info("\t├──> %s", self.robustness.describe())
         LOGGER.info("\t├──> %s", self.bounds.describe())
@@ -166,19 +183,20 @@ class ComPEFTStrategy(FedAvg):
         flwr.serverapp.strategy.Result
             Its arrays have one Array per tensor, of the initial order and data types.
         """
-        self.bounds.restore({})
+        self.restore({})
         return run_rounds(
             self, self, self._outcomes, grid, initial_arrays, *args,
             checkpointing=checkpointing, keep_replies=self._is_extended(), **kwargs,
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the strategy itself: what its bounds are relative to."""
-        return {"bounds": self.bounds.state()}
+        """What a checkpoint keeps of the strategy itself: what its bounds and step go on from."""
+        return {"bounds": self.bounds.state(), "step": self._step.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.bounds.restore(state.get("bounds", {}))
+        self._step.restore(state.get("step", {}))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -276,7 +294,9 @@ class ComPEFTStrategy(FedAvg):
                 )
             return base.arrays
         try:
-            arrays = base.moved_by(accumulator.result(), average.result())
+            step = self._step.next(accumulator.result())
+            arrays = base.moved_by(step, average.result())
+            self._step.accept()
             _say_of_carried(server_round, average)
             return arrays
         except CompeftError as error:
@@ -337,6 +357,7 @@ def _over_rounds(start: Callable[..., Result]) -> Callable[..., Result]:
         if isinstance(grid, RoundGrid):
             return start(self, grid, *args, **kwargs)
         self._outcomes.begin()
+        self.restore({})
         result = start(self, RoundGrid(grid, self._outcomes), *args, **kwargs)
         self._outcomes.close()
         self._outcomes.check(result)

@@ -8,7 +8,7 @@ from compeft_fl.merging.accumulators import Accumulator, TaskArithmetic
 from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.robustness import SignAgreementFilter
-from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy, FedAvgOptions
+from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy, SharedOptions
 from compeft_fl.task_vector import Layout
 
 __all__ = ["ComPEFTTaskArithmetic"]
@@ -41,7 +41,7 @@ class ComPEFTTaskArithmetic(ComPEFTStrategy):
         observer: RoundObserver | None = None,
         robustness: SignAgreementFilter | None = None,
         bounds: ReplyBounds | None = None,
-        **options: Unpack[FedAvgOptions],
+        **options: Unpack[SharedOptions],
     ) -> None:
         self._method = TaskArithmetic(scaling)
         super().__init__(observer=observer, robustness=robustness, bounds=bounds, **options)

@@ -140,6 +140,31 @@ def a_nan_scale(reply):
     return with_fields(reply, golomb=body)
 
 
+def steps(**fields):
+    """A steps body of all ones, with other fields."""
+    values = np.ones(D, np.float32)
+    blob = encode(TaskVector(Layout.of(adapter()), values), "steps")
+    body = update_pb2.Update.FromString(blob[:-5]).steps
+    for field, value in fields.items():
+        setattr(body, field, value)
+    return body
+
+
+@bad("StepRangeError")
+def steps_beyond_float32(reply):
+    return with_fields(reply, steps=steps(exponent=2**31 - 1))
+
+
+@bad("NonzeroCountError")
+def more_steps_than_parameters(reply):
+    return with_fields(reply, steps=steps(num_nonzeros=2**64 - 1))
+
+
+@bad("StreamLengthError")
+def steps_with_a_code_that_goes_on(reply):
+    return with_fields(reply, steps=steps(code=b"\xff" * 4000))
+
+
 # --- records -----------------------------------------------------------------------------------
 
 

@@ -112,6 +112,47 @@ def test_the_log_stays_short_and_the_start_is_never_forgotten():
     assert early.catch_up(downlink.lacking(0).blobs, 60).digest == downlink.digest
 
 
+def test_nodes_that_make_the_start_are_never_sent_all_of_it():
+    """Whoever has missed more than the log holds makes it anew, and gets what came after it."""
+    downlink = Downlink(adapter(), density=0.2, seeded=True)
+    replicas = []
+    for _ in walk(downlink, adapter(), 60):
+        shipment = downlink.lacking(downlink.version - 1)
+        last = (
+            replicas[-1]
+            if replicas
+            else Replica(LAYOUT, downlink.grid.nearest(adapter().values), 0)
+        )
+        replicas.append(last.advance(shipment.blobs, downlink.version))
+    assert 2 not in downlink.state()["log"]
+    shipment = downlink.lacking(1)
+    assert shipment is downlink.lacking(0)
+    offer = Offer("f", 60, downlink.digest, UNKNOWN)
+    found = follow(NodeState(LAYOUT, replicas[0]), offer, shipment, adapter)
+    assert (found.version, found.digest) == (60, downlink.digest)
+    with pytest.raises(ResyncError, match="version"):  # a node that cannot make it asks anew
+        follow(NodeState(LAYOUT, replicas[0]), offer, shipment, None)
+
+
+def test_many_catch_ups_are_made_in_one_walk_over_the_log(monkeypatch):
+    one, two = (Downlink(adapter(), density=0.05) for _ in range(2))
+    for downlink in (one, two):
+        list(walk(downlink, adapter(), 12))
+    wanted = [7, 0, 11, 3, 5, 9]
+    alone = {}
+    for version in wanted:
+        alone[version] = one.lacking(version)
+    decoded = []
+    monkeypatch.setattr(
+        "compeft_fl.exchange.downlink.decode",
+        lambda blob, **known: decoded.append(1) or cf.decode(blob, **known),
+    )
+    two.prepare([*wanted, None, 12])
+    assert len(decoded) == 12
+    assert {version: two.lacking(version) for version in wanted} == alone
+    assert len(decoded) == 12
+
+
 def test_values_that_outgrow_the_grid_begin_anew():
     downlink = Downlink(adapter(), density=0.2)
     list(walk(downlink, adapter(), 3))
@@ -166,7 +207,8 @@ def test_whatever_the_way_to_a_version_it_is_the_same_to_the_bit(data):
         {"a": rng.normal(size=(8, 30)).astype("f4"), "b": np.zeros((30, 4), "f4")}
     )
     density = data.draw(st.sampled_from([0.02, 0.2, 1.0]))
-    downlink = Downlink(start, density=density, coarse_start=coarse)
+    options = {"density": density, "coarse_start": coarse, "seeded": not coarse}
+    downlink = Downlink(start, **options)
     initial = None if coarse else lambda: start
     states, theta = [NodeState() for _ in range(4)], start.values
     for _ in range(data.draw(st.integers(1, 25))):
@@ -174,7 +216,7 @@ def test_whatever_the_way_to_a_version_it_is_the_same_to_the_bit(data):
         theta = (theta + rng.normal(size=theta.size) * size).astype("f4")
         downlink.advance(cf.TaskVector(start.layout, theta))
         if data.draw(st.integers(0, 9)) == 0:
-            resumed = Downlink(start, density=density, coarse_start=coarse)
+            resumed = Downlink(start, **options)
             resumed.restore(downlink.state())
             downlink = resumed
         for i, state in enumerate(states):

@@ -43,9 +43,11 @@ def test_kernel_and_reference_write_and_read_the_same(shape, density, spread):
     self_layout = cf.Layout([cf.TensorSpec("w", shape)])
     tensors, count = matrices(self_layout, 0, size), int(np.count_nonzero(integers))
     code = reference_steps.write(integers, [shape], 0)
-    assert cpu_steps.write_code(np.array(integers, np.int32), tensors, count).hex() == code.hex()
-    read, most, found, value = cpu_steps.read_code(code, tensors, count)
-    assert read.tolist() == integers
+    values = np.array(integers, np.float32) / 4
+    assert cpu_steps.write_code(values, -2, tensors, count).hex() == code.hex()
+    read, most, found, largest, value = cpu_steps.read_code(code, -2, tensors, count)
+    assert (read * 4).tolist() == integers
+    assert largest == max(map(abs, integers))
     assert (found, value < 1 << 24, len(code) <= most) == (count, True, True)
     known, reference_most, reference_value = reference_steps.read(code, [shape], 0, size, count)
     assert known == {i: q for i, q in enumerate(integers) if q}

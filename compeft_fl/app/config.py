@@ -218,6 +218,12 @@ class AppConfig:
     tie: str = _key(
         "zero", "ties: what a tied sign becomes", choices=("zero", "positive", "majority")
     )
+    server_learning_rate: float = _key(
+        1.0, "how far the global adapter goes along a round's merge; 1: all the way", above=0
+    )
+    server_momentum: float = _key(
+        0.0, "part of the last round's step that the next one goes on with", low=0, high=0.99
+    )
     density: str | float = _key(
         0.1,
         "greatest part of the parameters that an update keeps; auto: what keeps the part energy",
@@ -312,6 +318,12 @@ class AppConfig:
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
         _check_strategy(self.strategy)
         self.trackers()
+        if not self.merges and (self.server_learning_rate != 1 or self.server_momentum):
+            raise ConfigError(
+                "server-learning-rate and server-momentum are settings of "
+                f"{', '.join(STRATEGIES[:3])}, found strategy {self.strategy}: take "
+                "strategy=compressed:FedAvgM, with strategy-options"
+            )
         json_object("peft-options", self.peft_options)
         json_object("strategy-options", self.strategy_options)
 
@@ -370,6 +382,11 @@ class AppConfig:
     def compressed(self) -> bool:
         """Whether nodes send ComPEFT updates (all strategies but Flower's own FedAvg)."""
         return self.strategy != "fedavg"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the strategy is one of this project's."""
+        return self.strategy in STRATEGIES[:3]
 
 
 def keys() -> list[Key]:

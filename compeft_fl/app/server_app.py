@@ -137,7 +137,13 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     if config.strategy.startswith(COMPRESSED_PREFIX):
         inner = _inner(config, sampling)
         return strategies.Compressed(inner, observer=observer, downlink=downlink)
-    options: dict[str, Any] = {**sampling, "observer": observer, "downlink": downlink}
+    options: dict[str, Any] = {
+        **sampling,
+        "observer": observer,
+        "downlink": downlink,
+        "server_learning_rate": config.server_learning_rate,
+        "server_momentum": config.server_momentum,
+    }
     if config.strategy == "task-arithmetic":
         return strategies.ComPEFTTaskArithmetic(scaling=config.scaling, **options)
     if config.strategy == "ties":

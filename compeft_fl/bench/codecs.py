@@ -2,8 +2,9 @@
 
 Real task vectors where there are any, and synthetic ones over the layouts of real adapters
 (`compeft_fl.bench.layouts`). What it writes: codecs.csv, codecs.md, codecs_layouts.md and
-codecs.png; table1.csv and table1.md (`compeft_fl.bench.table1`); flowertune.csv and flowertune.md
-(`compeft_fl.bench.flowertune`); where there is a CUDA device codecs_cuda.csv and codecs_cuda.md.
+codecs.png; table1.csv and table1.md (`compeft_fl.bench.table1`); steps.csv and steps.md
+(`compeft_fl.bench.steps`); flowertune.csv and flowertune.md (`compeft_fl.bench.flowertune`); where
+there is a CUDA device codecs_cuda.csv and codecs_cuda.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from compeft_fl.bench import cuda, flowertune, layouts, peers, results, table1
+from compeft_fl.bench import cuda, flowertune, layouts, peers, results, steps, table1
 from compeft_fl.bench.measure import measure
 from compeft_fl.task_vector import TaskVector
 
@@ -33,7 +34,7 @@ _FAST: Final = ("compeft-golomb", "compeft-bitmask")  # and in memory of 8 GiB
 _QUICK: Final = ("t5-base-ia3", "t5-base-r16", HEADLINE)
 _SLOW: Final = 2_000_000  # the quick set leaves bitsandbytes out of what is larger than this
 
-_MINUTES: Final = {None: 10, "adapters": 6, "flowertune": 4}
+_MINUTES: Final = {None: 25, "adapters": 6, "steps": 2, "flowertune": 16}
 
 Row = dict[str, Any]
 
@@ -45,9 +46,11 @@ def run(options: argparse.Namespace) -> int:
     command += f" --only {options.only}" if options.only else ""
     minutes = 2 if options.quick else _MINUTES[options.only]
     results.say(f"{command}: about {minutes} minutes on two cores; results: {out}")
-    if options.only != "flowertune":
+    if options.only in (None, "adapters"):
         _adapters(options, command)
-    if options.only != "adapters":
+    if options.only in (None, "steps"):
+        steps.run(out, command, layouts.real_vectors(options.taus), quick=options.quick)
+    if options.only in (None, "flowertune"):
         flowertune.run(out, command, quick=options.quick)
     return 0
 

@@ -8,7 +8,7 @@ the strategies and the client mod: the same bytes, the same adapter.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from compeft_fl import codecs, merging
 from compeft_fl.codecs.dense import Dense
-from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink
-from compeft_fl.exchange.replica import Replica
+from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.protocol import UNKNOWN, Offer, follow
+from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY, ErrorFeedback
+from compeft_fl.server.server_step import ServerStep
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode
@@ -33,6 +35,8 @@ __all__ = ["Federation", "RoundScore", "Setting", "Update"]
 Update = TernaryVector | TaskVector
 
 _DOWN_SEEDS = 1 << 24  # of codecs that round at random: apart from those of the way up
+_DRAWS = 0xD4A3  # of the nodes of a round: apart from the seeds of their training
+LONG_ABSENCE = 10  # versions
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class Setting:
         Of the ternary codecs, both ways: see `compeft_fl.compress`.
     decay : float
         Of the residuals on the nodes: see `compeft_fl.exchange.uplink.ErrorFeedback`.
+    nodes_a_round : int
+        So many are drawn for each round; 0: all take part. Settings with one seed draw alike.
+    coarse_start : bool
+        Nodes cannot make the start and are sent it, as to an app with the two lines alone; else
+        they make it from the seed.
+    server_learning_rate, server_momentum : float
+        See `compeft_fl.server.server_step.ServerStep`.
+    score_every : int
+        Rounds from one score to the next.
     """
 
     name: str
@@ -65,20 +78,39 @@ class Setting:
     scaling: float = 0.4
     support: str = "best"
     decay: float = RESIDUAL_DECAY
+    nodes_a_round: int = 0
+    coarse_start: bool = False
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+    score_every: int = 1
 
 
 @dataclass
 class RoundScore:
     """One round: the global adapter's accuracy (0 to 1) and loss after it, and the bytes in it.
 
-    ``updates`` holds the ternary Updates, each with how many nodes it went to or came from, so that
-    other codecs can be measured on them.
+    Attributes
+    ----------
+    accuracy, loss : float or None
+        None where the round was not scored.
+    up, down : int
+    chain : int
+        Down, were each node sent every delta that it lacks, or all anew where that is less.
+    long_absence, joiner : int
+        What a node that missed `LONG_ABSENCE` versions would be sent in this round, and one of
+        which nothing is known; 0 where there is no such node.
+    updates : list of (str, int, bytes)
+        The ternary Updates, each with how many nodes it went to or came from, so that other codecs
+        can be measured on them.
     """
 
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     up: int = 0
     down: int = 0
+    chain: int = 0
+    long_absence: int = 0
+    joiner: int = 0
     updates: list[tuple[str, int, bytes]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
@@ -94,9 +126,7 @@ class Uplink(Protocol):
 
 
 class Down(Protocol):
-    """The way down: theta_shared, which all nodes have."""
-
-    dense: bool  # sends all of the adapter, in the first round too
+    """The way down: theta_shared, which all nodes of a round have."""
 
     @property
     def shared(self) -> NDArray[np.float32]:
@@ -106,8 +136,11 @@ class Down(Protocol):
     def version(self) -> int:
         """How often it has changed."""
 
-    def advance(self, adapter: TaskVector) -> bytes:
-        """Make the next version; the bytes that each node is sent for it."""
+    def advance(self, adapter: TaskVector) -> None:
+        """Make the next version."""
+
+    def send(self, nodes: Sequence[int], score: RoundScore) -> None:
+        """Bring nodes to this version, and add the bytes of that to a round's."""
 
 
 class _OwnUplink:
@@ -133,7 +166,7 @@ class _OwnUplink:
 
 
 class _OwnDown:
-    """As `compeft_fl.strategies` broadcast; a node's replica follows, and must agree."""
+    """As `compeft_fl.strategies` broadcast; each node's replica follows, and must agree."""
 
     def __init__(self, setting: Setting, adapter: TaskVector) -> None:
         self._downlink = Downlink(
@@ -142,28 +175,66 @@ class _OwnDown:
             scale="mean",
             codec=setting.down,
             support=setting.support,
+            coarse_start=setting.coarse_start,
         )
-        self._replica = Replica(adapter.layout, self._downlink.shared.copy(), 0)
-        self.dense = isinstance(codecs.get(setting.down), Dense)
+        self._dense = isinstance(codecs.get(setting.down), Dense)
+        self._whole = 4 * adapter.num_parameters
+        self._initial = None if setting.coarse_start else lambda: adapter
+        self._replicas: dict[int, Replica] = {}
+        self._deltas: list[int] = []  # bytes of each version's
 
     @property
     def shared(self) -> NDArray[np.float32]:
-        return self._replica.values
+        return self._downlink.shared
 
     @property
     def version(self) -> int:
-        return self._replica.version
+        return self._downlink.version
 
-    def advance(self, adapter: TaskVector) -> bytes:
+    def advance(self, adapter: TaskVector) -> None:
+        before = self.version
         self._downlink.advance(adapter)
-        shipment = self._downlink.lacking(self._replica.version)
-        if shipment.kind == "snapshot":
-            self._replica = Replica.from_snapshot(shipment.blobs)
-        elif shipment.blobs:
-            self._replica = self._replica.advance(shipment.blobs, self._downlink.version)
-        if self._replica.digest != self._downlink.digest:
-            raise ParameterError("a node's copy of the adapter is not the server's")
-        return b"".join(shipment.blobs)
+        if self.version > before:
+            self._deltas.append(self._downlink.lacking(before).num_bytes)
+
+    def send(self, nodes: Sequence[int], score: RoundScore) -> None:
+        sent: dict[int, tuple[Shipment, int]] = {}
+        for node in nodes:
+            shipment = self._downlink.lacking(self._version_of(node))
+            # A dense way down sends the adapter in the first round too, as FedAvg does.
+            score.down += shipment.num_bytes or (self._whole if self._dense else 0)
+            score.chain += self._chain(node)
+            if shipment.kind == "deltas":
+                sent[id(shipment)] = shipment, sent.get(id(shipment), (shipment, 0))[1] + 1
+            self._replicas[node] = self._followed(node, shipment)
+        for shipment, count in sent.values():
+            score.updates += [("down", count, blob) for blob in shipment.blobs]
+        if not self._dense:
+            joining = self._downlink.lacking(self._start)
+            score.joiner = joining.num_bytes
+            if self.version >= LONG_ABSENCE:
+                missed = self._downlink.lacking(self.version - LONG_ABSENCE)
+                score.long_absence = missed.num_bytes
+
+    @property
+    def _start(self) -> int | None:
+        """What a node has of which nothing is known."""
+        return None if self._initial is None else 0
+
+    def _version_of(self, node: int) -> int | None:
+        return self._replicas[node].version if node in self._replicas else self._start
+
+    def _chain(self, node: int) -> int:
+        version = self._version_of(node)
+        if version is None or self._dense:
+            return self._whole
+        return min(sum(self._deltas[version:]), self._whole)
+
+    def _followed(self, node: int, shipment: Shipment) -> Replica:
+        down = self._downlink
+        state = NodeState(down.layout, self._replicas.get(node))
+        offer = Offer("", down.version, down.digest, UNKNOWN)
+        return follow(state, offer, shipment, self._initial)
 
 
 class _PeerUplink:
@@ -193,19 +264,28 @@ class _PeerDown:
     def __init__(self, setting: Setting, adapter: TaskVector) -> None:
         from compeft_fl.bench import peers
 
-        self.dense = False
         self._peer = peers.get(setting.down)
         self._layout = adapter.layout
         start: Any = adapter.values
         self.shared: NDArray[np.float32] = start.copy()
-        self.version = 0
+        self._deltas: list[int] = []  # bytes of each version's
+        self._versions: dict[int, int] = {}  # of nodes
 
-    def advance(self, adapter: TaskVector) -> bytes:
+    @property
+    def version(self) -> int:
+        return len(self._deltas)
+
+    def advance(self, adapter: TaskVector) -> None:
         target: Any = adapter.values
         blob = self._peer.encode(target - self.shared, self._layout, _DOWN_SEEDS + self.version)
         self.shared = self.shared + self._peer.decode(blob, self._layout)
-        self.version += 1
-        return blob
+        self._deltas.append(len(blob))
+
+    def send(self, nodes: Sequence[int], score: RoundScore) -> None:
+        for node in nodes:
+            score.down += sum(self._deltas[self._versions.get(node, 0) :])
+            self._versions[node] = self.version
+        score.chain = score.down
 
 
 class Federation:
@@ -217,7 +297,7 @@ class Federation:
     config : AppConfig
         Model, data, training, rounds and seed; what it says of compression is not read.
     num_nodes : int
-        All of them train in each round.
+        Of which the setting says how many train in a round.
     """
 
     def __init__(self, setting: Setting, config: AppConfig, num_nodes: int) -> None:
@@ -234,6 +314,7 @@ class Federation:
         self._uplink: Uplink = _OwnUplink(setting) if _own(setting.up) else _PeerUplink(setting)
         way_down = _OwnDown if _own(setting.down) else _PeerDown
         self._down: Down = way_down(setting, self.adapter)
+        self._step = ServerStep(setting.server_learning_rate, setting.server_momentum)
 
     def run(self) -> Iterator[RoundScore]:
         """Score the start, then each round after it; all bytes of the rounds are counted.
@@ -241,50 +322,55 @@ class Federation:
         A dense way down sends the adapter in the first round too, as FedAvg does. Over the others
         nodes make the start from the seed, and the first round sends nothing down.
         """
-        yield self._score(self._down.shared)
-        down = 4 * self.adapter.num_parameters * self.num_nodes if self._down.dense else 0
-        updates: list[tuple[str, int, bytes]] = []
+        yield RoundScore(*self._scored(self._down.shared))
         for server_round in range(1, self.config.rounds + 1):
-            up, merged = self._train(server_round, updates)
-            self.adapter = TaskVector.from_dict(merged.apply(self.adapter.to_dict()))
-            score = self._score(self.adapter.values)
-            score.up, score.down, score.updates = up, down, updates
+            score = RoundScore(None, None)
+            nodes = self._drawn(server_round)
+            self._down.send(nodes, score)
+            change = self._step.next(self._train(server_round, nodes, score))
+            self._step.accept()
+            self.adapter = TaskVector.from_dict(change.apply(self.adapter.to_dict()))
+            if server_round % self.setting.score_every == 0:
+                score.accuracy, score.loss = self._scored(self.adapter.values)
             yield score
             if server_round < self.config.rounds:  # the last version goes nowhere
-                updates = []
-                blob = self._down.advance(self.adapter)
-                down = len(blob) * self.num_nodes
-                if _own(self.setting.down) and not self._down.dense:
-                    updates.append(("down", self.num_nodes, blob))
+                self._down.advance(self.adapter)
 
-    def _train(
-        self, server_round: int, updates: list[tuple[str, int, bytes]]
-    ) -> tuple[int, TaskVector]:
-        """All nodes' training; the bytes up, and the merge."""
+    def _drawn(self, server_round: int) -> list[int]:
+        """The nodes of a round; each seed has its own, whatever the setting."""
+        count = self.setting.nodes_a_round or self.num_nodes
+        if count == self.num_nodes:
+            return list(range(self.num_nodes))
+        rng = np.random.default_rng([self.config.seed, _DRAWS, server_round])
+        return sorted(rng.choice(self.num_nodes, count, replace=False).tolist())
+
+    def _train(self, server_round: int, nodes: Sequence[int], score: RoundScore) -> TaskVector:
+        """The merge of these nodes' training; adds the bytes up."""
         from compeft_fl.app.tasks import training
 
         accumulator = _accumulator(self.setting)
         start = TaskVector(self.adapter.layout, self._down.shared).to_dict()
-        up = 0
-        for node, rows in enumerate(self._shards):
+        for node in nodes:
+            rows = self._shards[node]
             self._load(start)
             seed = training.round_seed(self.config, server_round, node)
             result = training.train(self._classifier, rows, self.config, seed)
             tau = TaskVector.between(start, self._state())
             blob, update = self._uplink.send(node, tau, self._down.version)
             if isinstance(update, TernaryVector):
-                updates.append(("up", 1, blob))
-            up += len(blob)
+                score.updates.append(("up", 1, blob))
+            score.up += len(blob)
             weight = 1.0 if self.setting.strategy == "task-arithmetic" else result.num_examples
             accumulator.add(update, weight)
-        return up, accumulator.result()
+        return accumulator.result()
 
-    def _score(self, values: Any) -> RoundScore:
+    def _scored(self, values: Any) -> tuple[float, float]:
+        """Accuracy and loss."""
         from compeft_fl.app.tasks import training
 
         self._load(TaskVector(self.adapter.layout, values).to_dict())
         found = training.evaluate(self._classifier, self._rows.test, self.config)
-        return RoundScore(found.accuracy, found.loss)
+        return found.accuracy, found.loss
 
     def _state(self) -> dict[str, NDArray[Any]]:
         return {

@@ -8,13 +8,12 @@ not run again, so the sweep can be stopped at any time and goes on with the same
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Final
 
 from compeft_fl.bench import learning_report as report
 from compeft_fl.bench.federation import Setting
-from compeft_fl.bench.sweep import Job, run_jobs
+from compeft_fl.bench.sweep import Job, seeds_of, show_jobs
 from compeft_fl.errors import CompeftError
 
 __all__ = ["jobs_of", "run", "settings"]
@@ -84,54 +83,15 @@ def jobs_of(
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then write learning.csv, learning.md and learning.png."""
     names = options.settings.split(",") if options.settings else None
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
-    except ValueError:
-        raise CompeftError(
-            f"--seeds: expected numbers as in 42,43; found {options.seeds}"
-        ) from None
-    jobs = jobs_of(options.quick, names, seeds)
+    jobs = jobs_of(options.quick, names, seeds_of(options.seeds))
     folder: Path = options.out / ("learning-quick" if options.quick else "learning")
     folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        workers = options.workers or _cores()
-        _sweep(jobs, folder, workers, QUICK_CPU_SECONDS if options.quick else CPU_SECONDS)
+        seconds = QUICK_CPU_SECONDS if options.quick else CPU_SECONDS
+        show_jobs(jobs, folder, options.workers, [seconds] * len(jobs))
     results = [found for job in jobs if (found := job.finished(folder)) is not None]
     if not results:
         raise CompeftError(f"no finished run in {folder}")
     command = "compeft-fl bench learning" + (" --quick" if options.quick else "")
     report.write(options.out, command, results, folder)
     return 0
-
-
-def _sweep(jobs: list[Job], folder: Path, workers: int, cpu_seconds: int) -> None:
-    """Run what is missing, and show how far it is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    missing = [job for job in jobs if job.finished(folder) is None]
-    console = Console(stderr=True)
-    minutes = -(-len(missing) * cpu_seconds // (60 * workers))
-    console.print(
-        f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before; about {minutes} "
-        f"minutes with {workers} at a time. Stop it when you like: finished runs stay."
-    )
-    rounds = {job.key: dict(job.keys).get("rounds", 10) + 1 for job in missing}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        whole = progress.add_task("all runs", total=sum(rounds.values()))
-        for running in run_jobs(missing, folder, workers):
-            done = {job.key for job in missing if job.finished(folder) is not None}
-            finished = sum(rounds[key] for key in done) + sum(map(len, running.values()))
-            now = [f"{key}: {lines[-1] if lines else 'starting'}" for key, lines in running.items()]
-            progress.update(
-                whole,
-                completed=finished,
-                description=f"{len(done)}/{len(missing)} runs; " + "; ".join(now),
-            )
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

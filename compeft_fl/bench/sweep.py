@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from typing import Any, Final
 from compeft_fl.bench.federation import Federation, Setting, timed
 from compeft_fl.errors import CompeftError
 
-__all__ = ["Job", "read_updates", "run_jobs", "work"]
+__all__ = ["Job", "read_updates", "run_jobs", "seeds_of", "show_jobs", "work"]
 
 _LOOK_SECONDS: Final = 0.5
 _HEAD_BYTES: Final = 13  # of an update in a file: direction, round, nodes, size
@@ -108,6 +108,67 @@ def run_jobs(jobs: Iterable[Job], folder: Path, workers: int) -> Iterator[dict[s
             process.wait()
 
 
+def seeds_of(text: str | None) -> list[int] | None:
+    """The numbers of ``--seeds``; None where it is not given.
+
+    Raises
+    ------
+    CompeftError
+        No numbers.
+    """
+    try:
+        return [int(seed) for seed in text.split(",")] if text else None
+    except ValueError:
+        raise CompeftError(f"--seeds: expected numbers as in 42,43; found {text}") from None
+
+
+def show_jobs(
+    jobs: Sequence[Job], folder: Path, workers: int | None, cpu_seconds: Sequence[float]
+) -> None:
+    """Run what is missing, and show how far it is.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+    folder : Path
+    workers : int, optional
+        Runs at a time. Default: the cores.
+    cpu_seconds : sequence of float
+        What each takes, about.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    workers = workers or _cores()
+    missing = [job for job in jobs if job.finished(folder) is None]
+    seconds = sum(s for job, s in zip(jobs, cpu_seconds, strict=True) if job in missing)
+    console = Console(stderr=True)
+    console.print(
+        f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before; about "
+        f"{-(-seconds // (60 * workers)):.0f} minutes with {workers} at a time. Stop it when you "
+        "like: finished runs stay."
+    )
+    rounds = {job.key: dict(job.keys).get("rounds", 10) + 1 for job in missing}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        whole = progress.add_task("all runs", total=sum(rounds.values()))
+        for running in run_jobs(missing, folder, workers):
+            done = {job.key for job in missing if job.finished(folder) is not None}
+            finished = sum(rounds[key] for key in done) + sum(map(len, running.values()))
+            now = [f"{key}: {lines[-1] if lines else 'starting'}" for key, lines in running.items()]
+            progress.update(
+                whole,
+                completed=finished,
+                description=f"{len(done)}/{len(missing)} runs; " + "; ".join(now),
+            )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _start(job: Job, folder: Path) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
@@ -152,7 +213,8 @@ def work(job: Job, folder: Path) -> None:
         seconds += taken
         rounds.append({**score.numbers(), "cpu_seconds": round(taken, 2)})
         updates += [_packed(number, *update) for update in score.updates]
-        print(f"round {number}/{config.rounds} accuracy {100 * score.accuracy:.1f} %", flush=True)
+        told = "" if score.accuracy is None else f" accuracy {100 * score.accuracy:.1f} %"
+        print(f"round {number}/{config.rounds}{told}", flush=True)
     _replace(folder / f"{job.key}.updates", b"".join(updates))
     result = {
         "job": job.plain(),

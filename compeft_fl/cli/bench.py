@@ -13,6 +13,7 @@ BENCHES: Final = {
     "codecs": "bytes, speed and memory of every codec, over real and synthetic adapters",
     "bandwidth": "seconds a round against the speed of the link",
     "learning": "accuracy against bytes, every codec and strategy on one federation",
+    "few": "accuracy against bytes where few of many nodes take part in a round",
     "merge": "merging against PEFT and mergekit: time, memory, equality",
 }
 
@@ -50,10 +51,10 @@ def add_parser(commands: Any) -> None:
                 help="real task vectors, safetensors (the clone's simulations/data/taus)",
             )  # fmt: skip
             bench.add_argument(
-                "--only", choices=("adapters", "flowertune"), help="one part of it"
+                "--only", choices=("adapters", "steps", "flowertune"), help="one part of it"
             )  # fmt: skip
         bench.set_defaults(handler=run, bench=name)
-        if name == "learning":
+        if name in ("learning", "few"):
             _add_sweep(bench)
 
 

@@ -52,9 +52,8 @@ class Steps(Codec):
                 "expected multiples below 2^24 of one power of two for codec 'steps', "
                 "found values that are none"
             )
-        integers = np.ldexp(values, -exponent).astype(np.int32)
-        count = int(np.count_nonzero(integers))
-        code = cpu_steps.write_code(integers, matrices(update.layout, start, stop), count)
+        values, count = np.ascontiguousarray(values), int(np.count_nonzero(values))
+        code = cpu_steps.write_code(values, exponent, matrices(update.layout, start, stop), count)
         if code is None:
             raise ParameterError("expected integers of fewer than 32 bits in the mean, found more")
         return update_pb2.Steps(exponent=exponent, num_nonzeros=count, code=code)
@@ -73,7 +72,9 @@ class Steps(Codec):
         if body.code.endswith(b"\0"):
             raise CodeEndError("expected a code whose last byte is not 0, found one that ends on 0")
         tensors = matrices(layout, start, stop)
-        integers, length, found, value = cpu_steps.read_code(body.code, tensors, count)
+        values, length, found, largest, end = cpu_steps.read_code(
+            body.code, body.exponent, tensors, count
+        )
         if len(body.code) > length:
             raise StreamLengthError(
                 f"expected at most {length} bytes of code for {size} parameters, "
@@ -81,17 +82,15 @@ class Steps(Codec):
             )
         if found < count:
             raise NonzeroCountError(f"expected {count} nonzeros in code, found {found}")
-        if value >= cpu_steps.CODE_END:
+        if end >= cpu_steps.CODE_END:
             raise CodeEndError(
                 "expected the code to end on the first multiple of 2^24 in its range, found "
-                f"{value} above the range's low end"
+                f"{end} above the range's low end"
             )
-        largest = max(-int(integers.min(initial=0)), int(integers.max(initial=0)))
         if largest > cpu_steps.MAX_MAGNITUDE:
             raise StepRangeError(
                 f"expected integers of at most {cpu_steps.MAX_MAGNITUDE}, found {largest}"
             )
-        values = np.ldexp(integers.astype(np.float32), body.exponent)
         if device is not None:
             import torch
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,9 @@ class Downlink:
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
         Version 0 is the start in 11 bits or fewer a parameter, for nodes that cannot make it.
+    seeded : bool
+        Nodes can make the start: one that has missed more than the log holds makes it anew, and is
+        sent all that came after it.
 
     Raises
     ------
@@ -97,6 +101,7 @@ class Downlink:
         support: str = "best",
         coarse_start: bool = False,
         energy: float = ENERGY,
+        seeded: bool = False,
     ) -> None:
         from compeft_fl import codecs
         from compeft_fl.codecs import auto
@@ -109,7 +114,7 @@ class Downlink:
         self._dense = codec != auto.AUTO and isinstance(codecs.get(codec), Dense)
         self.layout = adapter.layout
         self.version = 0
-        self._coarse = coarse_start
+        self._coarse, self._seeded = coarse_start, seeded
         self._absence = 1.0  # the versions that a node lacks, in the mean
         self.shared: NDArray[np.float32]  # theta_shared
         self._begin(on_cpu(adapter), 0)
@@ -225,6 +230,13 @@ class Downlink:
             self._made[version] = self._catch_up(version)
         return self._made[version]
 
+    def prepare(self, versions: Iterable[int | None]) -> None:
+        """Make what nodes at these versions need, each delta being read once for all of them."""
+        known = {version for version in versions if version is not None}
+        for version in sorted(known, reverse=True):
+            self.lacking(version)
+        self._sum = None
+
     def _catch_up(self, version: int) -> Shipment:
         """What is fewest bytes: the deltas one by one, their sum, or all anew."""
         wanted = range(version + 1, self.version + 1)
@@ -235,7 +247,10 @@ class Downlink:
                 return chain
             moved = self._moved_since(version)
         elif version == self._started:
+            self._sum = None  # not two vectors at a time
             moved = self.shared - self._start
+        elif self._seeded and not self._started:
+            return self.lacking(0)
         else:
             return self.snapshot()
         found = Shipment("catchup", self._steps(moved, version))

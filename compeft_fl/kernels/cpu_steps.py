@@ -8,6 +8,7 @@ integers, so the bytes are the same on every machine, and one function both writ
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +26,7 @@ from compeft_fl.kernels.cpu_context import (
 )
 from compeft_fl.kernels.llvm import trailing_zeros
 
-Integers = NDArray[np.int32]
+Floats = NDArray[np.float32]
 
 CODE_END: Final = LOW_TOP  # the range coder's value at the end of a code is below
 MAX_MAGNITUDE: Final = (1 << 24) - 1  # float32 holds it times a power of two
@@ -72,13 +73,20 @@ def _move(counters: Any, counts: Any, i: Any, hit: Any) -> None:
 
 @njit(nogil=True, cache=True)
 def _code(
-    decoding: bool, integers: Any, tensors: Any, num_nonzeros: int, z0: int, stream: Any
+    decoding: bool,
+    values: Any,
+    factor: float,
+    tensors: Any,
+    num_nonzeros: int,
+    z0: int,
+    stream: Any,
 ) -> Any:
-    """Write the stream of integers, or read it into zeros.
+    """Write the stream of integers, which are values x factor, or read factor x integers into 0.0.
 
     Tensors are (rows, columns) in order; their parameters follow each other. Returns the position
     in the stream (beyond its end where it was too short to write to), the number of nonzeros
-    coded, and, of a stream that was read, the range coder's value: how far it is above low.
+    coded, the largest magnitude, and, of a stream that was read, the range coder's value: how far
+    it is above low.
     """
     width = 1
     for t in range(tensors.shape[0]):
@@ -105,7 +113,7 @@ def _code(
             value = _next_byte(value, stream, at)
             at += 1
 
-    left = num_nonzeros
+    left, largest = num_nonzeros, np.int64(0)
     first, last_width = 0, -1
     for t in range(tensors.shape[0]):
         rows, columns = tensors[t, 0], tensors[t, 1]
@@ -139,7 +147,9 @@ def _code(
                 guess = _squash(z)
                 bucket = min(max((z >> 22) + 48, 0), 95)
                 p = min(max((guess + (refined[bucket] >> 12)) >> 1, 1), 65535)
-                q = np.int64(0 if decoding else integers[index])
+                q = np.int64(0)
+                if not decoding:
+                    q = np.int64(values[index] * factor)
                 bit, low, span, value, cache, pending, at = _decide(
                     decoding, np.int64(q != 0), p, low, span, value, cache, pending, stream, at
                 )
@@ -209,7 +219,8 @@ def _code(
                         m = 2 * m + one
                     m += UNARY
                 if decoding:
-                    integers[index] = -m if minus else m
+                    values[index] = np.float32(factor * (-m if minus else m))
+                largest = max(largest, m)
                 above[j] = beside = m
                 n += 1
                 left -= 1
@@ -217,12 +228,12 @@ def _code(
             full = np.int64(2 * n >= short)
         first += rows * columns
     if decoding:
-        return at, num_nonzeros - left, value
+        return at, num_nonzeros - left, largest, value
     # As in `cpu_context`: the multiple of 2^24 at or above low, without the zeros at its end.
     low = (low + np.uint64(LOW_TOP - 1)) & ~np.uint64(LOW_TOP - 1)
     for _ in range(2):
         low, cache, pending, at = _emit(stream, low, cache, pending, at)
-    return at, num_nonzeros - left, value
+    return at, num_nonzeros - left, largest, value
 
 
 @njit(nogil=True, cache=True)
@@ -256,32 +267,38 @@ def common_exponent(values: NDArray[np.float32]) -> int | None:
     return int(lowest) if highest - lowest < 24 else None
 
 
-def write_code(integers: Integers, tensors: NDArray[np.int64], num_nonzeros: int) -> bytes | None:
-    """The code of integers of at most `MAX_MAGNITUDE`; None where it takes over 32 bits each.
+def write_code(
+    values: Floats, exponent: int, tensors: NDArray[np.int64], num_nonzeros: int
+) -> bytes | None:
+    """The code of values; None where it takes over 32 bits each.
 
     Parameters
     ----------
-    integers : ndarray of int32, shape (d,)
+    values : ndarray of float32, shape (d,)
+        Integers of at most `MAX_MAGNITUDE`, times 2^exponent.
+    exponent : int
     tensors : ndarray of int64, shape (n, 2)
         Rows and columns of each tensor, none of them 0.
     num_nonzeros : int
     """
-    d = integers.size
+    d = values.size
     stream = np.zeros(4 * d + 8, np.uint8)
-    at = int(_code(False, integers, tensors, num_nonzeros, start_logit(num_nonzeros, d), stream)[0])
+    start, factor = start_logit(num_nonzeros, d), math.ldexp(1.0, -exponent)
+    at = int(_code(False, values, factor, tensors, num_nonzeros, start, stream)[0])
     return None if at > stream.size else stream[:at].tobytes().rstrip(b"\0")
 
 
 def read_code(
-    code: bytes, tensors: NDArray[np.int64], num_nonzeros: int
-) -> tuple[Integers, int, int, int]:
-    """The integers of a code; how many bytes it may have, its nonzeros, and its value at the end.
+    code: bytes, exponent: int, tensors: NDArray[np.int64], num_nonzeros: int
+) -> tuple[Floats, int, int, int, int]:
+    """A code's values; how many bytes it may have, its nonzeros, the largest integer, its end.
 
-    A hostile code can give magnitudes beyond `MAX_MAGNITUDE`, up to 2^25.
+    A hostile code can give magnitudes beyond `MAX_MAGNITUDE`, up to 2^25. Its end is the range
+    coder's value there.
     """
     d = int((tensors[:, 0] * tensors[:, 1]).sum())
-    integers = np.zeros(d, np.int32)
+    values = np.zeros(d, np.float32)
     stream = np.frombuffer(code, np.uint8).copy()  # the kernel takes arrays that can be written
-    start = start_logit(num_nonzeros, d)
-    at, found, value = _code(True, integers, tensors, num_nonzeros, start, stream)
-    return integers, int(at) - 3, int(found), int(value)
+    start, factor = start_logit(num_nonzeros, d), math.ldexp(1.0, exponent)
+    at, found, largest, end = _code(True, values, factor, tensors, num_nonzeros, start, stream)
+    return values, int(at) - 3, int(found), int(largest), int(end)

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -44,6 +44,8 @@ from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import encode_parts
 
 __all__ = ["Broadcaster"]
+
+T = TypeVar("T")
 
 _MAX_RESYNCS = 2  # of one node in one round
 _HUGE = 1e9  # no trained adapter has such a value
@@ -146,6 +148,8 @@ class Broadcaster:
         sent: dict[tuple[int, int, int, bytes], tuple[RecordDict, RecordDict]] = {}
         own_bases: dict[int, tuple[Base, dict[str, ArrayRecord], int]] = {}
         groups: dict[tuple[int, int], tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
+        messages = list(messages)
+        self._prepare(message.metadata.dst_node_id for message in messages)
         for message in messages:
             records = array_records(message.content)
             node_id = message.metadata.dst_node_id
@@ -287,17 +291,24 @@ class Broadcaster:
         """See `Downlink.lacking`; timed."""
         return self._timed(lambda downlink: downlink.lacking(version))
 
+    def _prepare(self, node_ids: Iterable[int]) -> None:
+        """See `Downlink.prepare`; timed."""
+        known = (self._nodes.get(node_id) for node_id in node_ids)
+        versions = {node.version for node in known if node and node.version != NOTHING}
+        if len(versions) > 1:
+            self._timed(lambda downlink: downlink.prepare(versions))
+
     def _snapshot(self) -> Shipment:
         """See `Downlink.snapshot`; timed."""
         return self._timed(lambda downlink: downlink.snapshot())
 
-    def _timed(self, make: Callable[[Downlink], Shipment]) -> Shipment:
+    def _timed(self, make: Callable[[Downlink], T]) -> T:
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
         started = time.perf_counter()
-        shipment = make(self._downlink)
+        made = make(self._downlink)
         self.transfers.encoded(time.perf_counter() - started)
-        return shipment
+        return made
 
     def _content(
         self, content: RecordDict, shipment: Shipment, carried: bytes | None, taken: bytes

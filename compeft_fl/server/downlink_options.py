@@ -77,6 +77,7 @@ class DownlinkOptions:
             link_mbps=self.link_mbps,
             energy=self.energy,
             coarse_start=self.first_contact == "coarse",
+            seeded=self.first_contact == "seed",
         )
 
 
