@@ -232,6 +232,8 @@ class _OwnDown:
 
     def _followed(self, node: int, shipment: Shipment) -> Replica:
         down = self._downlink
+        if self._dense and not shipment.blobs:  # the first round's, made by no codec
+            return Replica(down.layout, down.shared, down.version)
         state = NodeState(down.layout, self._replicas.get(node))
         offer = Offer("", down.version, down.digest, UNKNOWN)
         return follow(state, offer, shipment, self._initial)

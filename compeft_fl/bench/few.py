@@ -46,13 +46,13 @@ class Case:
     rounds: int
     densities: tuple[float, ...]
     steps: tuple[str, ...]
+    score_every: int
     coarse_start: bool = False
-    score_every: int = 4
 
 
 CASES: Final = {
-    "2-of-20": Case(20, 2, 60, DENSITIES, tuple(STEPS)),
-    "5-of-50": Case(50, 5, 20, (BEST_DENSITY, 0.2), ("",), coarse_start=True),
+    "2-of-20": Case(20, 2, 60, DENSITIES, tuple(STEPS), 6),
+    "5-of-50": Case(50, 5, 20, (BEST_DENSITY, 0.2), ("",), 4, coarse_start=True),
 }
 
 

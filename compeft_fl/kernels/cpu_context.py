@@ -43,9 +43,9 @@ def _squash(z: Any) -> Any:
     elif z >= LIMIT:
         z = np.int64(LIMIT - 1)
     z += LIMIT
-    k = z >> 22
+    k = np.uint64(z >> 22)  # unsigned: numba does not ask whether it is below 0
     low = SQUASH[k]
-    return low + (((SQUASH[k + 1] - low) * (z & 0x3FFFFF)) >> 22)
+    return low + (((SQUASH[k + np.uint64(1)] - low) * (z & 0x3FFFFF)) >> 22)
 
 
 @njit(inline="always")

@@ -67,26 +67,20 @@ def _decide(
 @njit(inline="always")
 def _move(counters: Any, counts: Any, i: Any, hit: Any) -> None:
     """Take a counter of 28 bits towards what came."""
-    counters[i] += (((hit << 28) - counters[i]) * RECIPROCAL[counts[i]]) >> 16
+    counters[i] += (((hit << 28) - counters[i]) * RECIPROCAL[np.uint64(counts[i])]) >> 16
     counts[i] = min(counts[i] + 1, 255)
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _code(
-    decoding: bool,
-    values: Any,
-    factor: float,
-    tensors: Any,
-    num_nonzeros: int,
-    z0: int,
-    stream: Any,
+    decoding: Any, values: Any, factor: Any, tensors: Any, num_nonzeros: Any, z0: Any, stream: Any
 ) -> Any:
     """Write the stream of integers, which are values x factor, or read factor x integers into 0.0.
 
     Tensors are (rows, columns) in order; their parameters follow each other. Returns the position
     in the stream (beyond its end where it was too short to write to), the number of nonzeros
     coded, the largest magnitude, and, of a stream that was read, the range coder's value: how far
-    it is above low.
+    it is above low. Indices are unsigned where numba would ask whether they are below 0.
     """
     width = 1
     for t in range(tensors.shape[0]):
@@ -104,7 +98,8 @@ def _code(
     turn = np.zeros((kept, kept), np.int64)
     more, more_count = np.full(128, np.int64(1 << 27)), np.zeros(128, np.int64)
     octave, octave_count = np.full(32, np.int64(1 << 27)), np.zeros(32, np.int64)
-    recent, recent_sign = np.zeros(SIGNS, np.int64), np.zeros(SIGNS, np.int64)
+    # Of the columns among the first nonzeros of a line: -1 there, else 0; -1 where it is negative.
+    seen, minus_seen = np.zeros(kept, np.int64), np.zeros(kept, np.int64)
 
     low, span, value = np.uint64(0), np.uint64(1 << 32), np.uint64(0)
     cache, pending, at = np.int64(-1), 0, 0
@@ -135,6 +130,7 @@ def _code(
             sign_rate = max(400, 300_000 // (line + 182))
             index = first + line * row_step
             n, beside = 0, np.int64(0)
+            seen[:kept] = 0
             for j in range(short):
                 if left == 0:
                     break
@@ -142,10 +138,10 @@ def _code(
                 share = np.int64(0)  # quarters of the line so far that are not 0
                 if j > 0:
                     share = np.int64(4 * n >= j) + np.int64(2 * n >= j) + np.int64(4 * n >= 3 * j)
-                spot = up * 32 + back * 8 + share * 2 + full
+                spot = np.uint64(up * 32 + back * 8 + share * 2 + full)
                 z = z0 + column[j] + near[spot]
                 guess = _squash(z)
-                bucket = min(max((z >> 22) + 48, 0), 95)
+                bucket = np.uint64(min(max((z >> 22) + 48, 0), 95))
                 p = min(max((guess + (refined[bucket] >> 12)) >> 1, 1), 65535)
                 q = np.int64(0)
                 if not decoding:
@@ -155,7 +151,7 @@ def _code(
                 )
                 error = (bit << 16) - guess
                 column[j] = _bounded(column[j] + ((error * column_rate) >> 4))
-                rate = max(RECIPROCAL[near_count[spot]], 512)
+                rate = max(RECIPROCAL[np.uint64(near_count[spot])], 512)
                 near[spot] = _bounded(near[spot] + ((error * rate) >> 7))
                 near_count[spot] = min(near_count[spot] + 1, 255)
                 _move(refined, refined_count, bucket, bit)
@@ -164,11 +160,11 @@ def _code(
                     index += step
                     continue
 
-                seen = min(n, SIGNS) if j < TURNS else 0
                 z = np.int64(0)
-                for a in range(seen):
-                    z += turn[j, recent[a]] * recent_sign[a]
-                bucket = min(abs(z) >> 23, 31)
+                if j < TURNS:
+                    for a in range(kept):
+                        z += ((turn[j, a] ^ minus_seen[a]) - minus_seen[a]) & seen[a]
+                bucket = np.uint64(min(abs(z) >> 23, 31))
                 p = min(max(agreed[bucket] >> 12, 1), 65535) if z != 0 else np.int64(32768)
                 expected = np.int64(z < 0)  # 1: negative
                 hit, low, span, value, cache, pending, at = _decide(
@@ -179,22 +175,25 @@ def _code(
                 if z != 0:
                     _move(agreed, agreed_count, bucket, hit)
                 error = ((1 - minus) << 16) - _squash(z)
-                change = (error * sign_rate * TURN_SHARE[seen]) >> 12
-                for a in range(seen):
-                    turn[j, recent[a]] = _bounded(turn[j, recent[a]] + change * recent_sign[a])
-                if j < TURNS and n < SIGNS:
-                    recent[n], recent_sign[n] = j, 1 - 2 * minus
+                if j < TURNS:
+                    change = (error * sign_rate * TURN_SHARE[min(n, SIGNS)]) >> 12
+                    for a in range(kept):
+                        signed = ((change ^ minus_seen[a]) - minus_seen[a]) & seen[a]
+                        turn[j, a] = _bounded(turn[j, a] + signed)
+                    if n < SIGNS:
+                        seen[j], minus_seen[j] = -1, -minus
 
                 most = max(up, back)
-                spot = (2 * most + np.int64(up + back > 3)) * 16
+                spot = np.uint64((2 * most + np.int64(up + back > 3)) * 16)
                 size, m = abs(q), np.int64(1)
                 while m <= UNARY:
-                    p = min(max(more[spot + m] >> 12, 32), 65504)
+                    at_m = spot + np.uint64(m)
+                    p = min(max(more[at_m] >> 12, 32), 65504)
                     hit, low, span, value, cache, pending, at = _decide(
                         decoding, np.int64(size > m), p, low, span, value, cache, pending, stream,
                         at,
                     )  # fmt: skip
-                    _move(more, more_count, spot + m, hit)
+                    _move(more, more_count, at_m, hit)
                     if hit == 0:
                         break
                     m += 1
@@ -234,6 +233,20 @@ def _code(
     for _ in range(2):
         low, cache, pending, at = _emit(stream, low, cache, pending, at)
     return at, num_nonzeros - left, largest, value
+
+
+@njit(nogil=True, cache=True)
+def _write(
+    values: Any, factor: float, tensors: Any, num_nonzeros: int, z0: int, stream: Any
+) -> Any:
+    """See `_code`; a function of its own, in which nothing asks which way it goes."""
+    return _code(False, values, factor, tensors, num_nonzeros, z0, stream)
+
+
+@njit(nogil=True, cache=True)
+def _read(values: Any, factor: float, tensors: Any, num_nonzeros: int, z0: int, stream: Any) -> Any:
+    """See `_code`."""
+    return _code(True, values, factor, tensors, num_nonzeros, z0, stream)
 
 
 @njit(nogil=True, cache=True)
@@ -284,7 +297,7 @@ def write_code(
     d = values.size
     stream = np.zeros(4 * d + 8, np.uint8)
     start, factor = start_logit(num_nonzeros, d), math.ldexp(1.0, -exponent)
-    at = int(_code(False, values, factor, tensors, num_nonzeros, start, stream)[0])
+    at = int(_write(values, factor, tensors, num_nonzeros, start, stream)[0])
     return None if at > stream.size else stream[:at].tobytes().rstrip(b"\0")
 
 
@@ -300,5 +313,5 @@ def read_code(
     values = np.zeros(d, np.float32)
     stream = np.frombuffer(code, np.uint8).copy()  # the kernel takes arrays that can be written
     start, factor = start_logit(num_nonzeros, d), math.ldexp(1.0, exponent)
-    at, found, largest, end = _code(True, values, factor, tensors, num_nonzeros, start, stream)
+    at, found, largest, end = _read(values, factor, tensors, num_nonzeros, start, stream)
     return values, int(at) - 3, int(found), int(largest), int(end)
