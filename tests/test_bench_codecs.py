@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import compeft_fl as cf
-from compeft_fl.bench import codec_plot, codecs, cuda, flowertune, layouts, measure, results, table1
+from compeft_fl.bench import (
+    codec_plot,
+    codecs,
+    cuda,
+    flowertune,
+    layouts,
+    measure,
+    results,
+    steps,
+    table1,
+)
 from compeft_fl.cli.main import main
 from compeft_fl.errors import ParameterError
 
@@ -249,6 +259,51 @@ def test_flowertune_is_written(tmp_path, monkeypatch, capfd):
     assert float(rows[0]["ratio_fp32"]) == 1
     assert all(int(row["total_bytes"]) < int(rows[0]["total_bytes"]) for row in rows[1:])
     assert "multiplied" in rows[-1]["measured"]
+    monkeypatch.setattr(flowertune, "exchange", None)  # what has been run is not run again
+    flowertune.run(tmp_path, "test", quick=True)
+    assert read(tmp_path / "flowertune.csv") == rows
+
+
+def test_a_lower_density_down_sends_less_to_nodes_that_come_back():
+    dense, sparse = (flowertune.exchange(SMALL, 8, 12, density) for density in (0.2, 0.05))
+    assert sparse.up == pytest.approx(dense.up, rel=0.05)
+    assert sparse.down < 0.6 * dense.down
+
+
+# --- catch-ups ----------------------------------------------------------------------------------
+
+
+def test_catch_ups_are_set_against_their_entropy(tmp_path):
+    taus = [layouts.synthetic(SMALL, seed) for seed in range(3)]
+    rows = steps.rows_of("small", taus, 0.1)
+    assert [row["missed"] for row in rows] == list(steps.MISSED)
+    assert all(0.5 < row["of_entropy"] < 1.3 for row in rows)  # 6,400 parameters learn little
+    assert all(row["bits"] == pytest.approx(8 * row["bytes"] / 6400, abs=1e-4) for row in rows)
+    assert rows[-1]["bits"] < 0.8 * rows[-1]["chain_bits"]
+    assert [row["nonzero"] for row in rows] == sorted(row["nonzero"] for row in rows)
+    assert all(row["encode_m_s"] > 0 and row["decode_m_s"] > 0 for row in rows)
+
+
+def test_the_entropy_is_that_of_each_tensor():
+    layout = cf.Layout([cf.TensorSpec("a", (4,)), cf.TensorSpec("b", (4,))])
+    vector = cf.TaskVector(layout, np.array([0, 0, 1, 1, 5, 5, 5, 5], np.float32))
+    assert steps.entropy_bits(vector) == pytest.approx(0.5)
+
+
+def test_catch_ups_are_written(tmp_path, monkeypatch, capfd):
+    real = layouts.get
+    small = layouts.Adapter("t5-base-r16", "small", SMALL)
+    monkeypatch.setattr(layouts, "get", lambda name: small if "t5" in name else real(name))
+    vectors = {
+        "one": cf.TaskVector.from_dict(
+            {"x.lora_A": np.ones((4, 40), "f4"), "head": np.ones(3, "f4")}
+        )
+    }
+    steps.run(tmp_path, "test", vectors, quick=True)
+    rows = read(tmp_path / "steps.csv")
+    assert {row["adapter"] for row in rows} == {"real, MiniLM", "small"}
+    assert {row["num_parameters"] for row in rows} == {"160", "6400"}
+    assert "| small | 0.05 | all |" in (tmp_path / "steps.md").read_text()
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capfd):

@@ -98,7 +98,7 @@ def test_a_node_killed_between_receiving_a_catch_up_and_writing_it(
 @pytest.mark.parametrize(
     ("first_contact", "kind", "what"),
     [
-        ("coarse", "start", "the start in 11 bits or fewer and the sum since then"),
+        ("coarse", "start", "the start on a coarse grid and the sum since then"),
         ("seed", "catchup", "the sum since the start, which it makes anew"),
         ("snapshot", "snapshot", "the adapter in float32"),
     ],

@@ -28,7 +28,7 @@ from compeft_fl.errors import (
     ParameterError,
     StateError,
 )
-from compeft_fl.exchange.grid import Grid, step_near
+from compeft_fl.exchange.grid import Grid, start_bits, step_near
 from compeft_fl.exchange.replica import (
     MAX_DELTAS,
     Shipment,
@@ -69,7 +69,8 @@ class Downlink:
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
-        Version 0 is the start in 11 bits or fewer a parameter, for nodes that cannot make it.
+        Version 0 is the start in 11 bits or fewer a parameter, 8 where a quarter of it or more is
+        in tensors of zeros (a LoRA before training), for nodes that cannot make it.
     seeded : bool
         Nodes can make the start: one that has missed more than the log holds makes it anew, and is
         sent all that came after it.
@@ -181,7 +182,8 @@ class Downlink:
         self._cuts: list[int] = []  # of a coarse start
         self.shared = adapter.copy() if self._dense else self.grid.nearest(adapter)
         if self._coarse and not self._dense:
-            self.shared, self._cuts = self.grid.coarse(adapter, self.layout)
+            bits = start_bits(adapter, self.layout)
+            self.shared, self._cuts = self.grid.coarse(adapter, self.layout, bits)
         self._start, self._started = self.shared, version
 
     def _delta(self, difference: NDArray[np.float32]) -> TernaryVector | FactoredVector:
@@ -220,6 +222,10 @@ class Downlink:
         """
         if version is not None and 0 <= version < self.version:
             self._absence += _LATEST * (self.version - version - self._absence)
+        return self.needed(version)
+
+    def needed(self, version: int | None) -> Shipment:
+        """As `lacking`, but that no node asks, and nothing is learned of how long they are away."""
         if version == self.version:
             return _NOTHING
         if version is None:
@@ -234,7 +240,7 @@ class Downlink:
         """Make what nodes at these versions need, each delta being read once for all of them."""
         known = {version for version in versions if version is not None}
         for version in sorted(known, reverse=True):
-            self.lacking(version)
+            self.needed(version)
         self._sum = None
 
     def _catch_up(self, version: int) -> Shipment:
@@ -250,7 +256,7 @@ class Downlink:
             self._sum = None  # not two vectors at a time
             moved = self.shared - self._start
         elif self._seeded and not self._started:
-            return self.lacking(0)
+            return self.needed(0)
         else:
             return self.snapshot()
         found = Shipment("catchup", self._steps(moved, version))

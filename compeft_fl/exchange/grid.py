@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.task_vector import Layout
 
-__all__ = ["Grid", "step_near"]
+__all__ = ["Grid", "start_bits", "step_near"]
 
 Floats = NDArray[np.float32]
 
@@ -24,7 +24,9 @@ _BITS = 23  # of a value in units; one less than float32's, so that differences 
 _HEADROOM = 3  # bits: values may grow to 8 times the largest, and then there is another grid
 _NO_START = 1.0  # stands for the largest value of a start that is all zeros
 _LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps body hold
-_COARSE_BITS = 10  # of a coarse start's values, without the sign
+COARSE_BITS = 10  # of a coarse start's values, without the sign
+FRESH_BITS = 7  # and where nothing has been trained
+_FRESH_SHARE = 0.25  # of an adapter's parameters in tensors that are all 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Grid:
         """The values rounded to the grid, of two equally near the even multiple; no -0."""
         return _no_minus_zero(np.ldexp(np.rint(np.ldexp(values, -self.exponent)), self.exponent))
 
-    def coarse(self, values: Floats, layout: Layout) -> tuple[Floats, list[int]]:
-        """The values in 11 bits or fewer: each tensor on a step of its own, a multiple of the unit.
+    def coarse(
+        self, values: Floats, layout: Layout, bits: int = COARSE_BITS
+    ) -> tuple[Floats, list[int]]:
+        """The values in so many bits and a sign: each tensor on a step of its own, in whole units.
 
         Returns
         -------
@@ -75,19 +79,28 @@ class Grid:
             Where the step changes: parameters at which an encoder cuts, to give each part its own.
         """
         rounded, cuts, last = np.zeros_like(values), [], None
-        most = (1 << _COARSE_BITS) - 1
+        most = (1 << bits) - 1
         for _, where in layout.slices():
             piece = values[where]
             largest = float(np.abs(piece).max(initial=0.0))
             if not largest:
                 continue
-            exponent = max(math.frexp(largest)[1] - _COARSE_BITS, self.exponent)
+            exponent = max(math.frexp(largest)[1] - bits, self.exponent)
             steps = np.clip(np.rint(np.ldexp(piece, -exponent)), -most, most)
             rounded[where] = np.ldexp(steps, exponent)
             if last is not None and exponent != last:
                 cuts.append(where.start)
             last = exponent
         return _no_minus_zero(rounded), cuts
+
+
+def start_bits(values: Floats, layout: Layout) -> int:
+    """How finely a coarse start is sent: of an adapter that was never trained, less is needed.
+
+    Of a LoRA's two factors one is 0 then, and the other random: a coarser one is as random.
+    """
+    zeros = sum(tensor.size for tensor, where in layout.slices() if not values[where].any())
+    return FRESH_BITS if zeros >= _FRESH_SHARE * max(1, values.size) else COARSE_BITS
 
 
 def _no_minus_zero(values: Floats) -> Floats:
