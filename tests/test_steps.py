@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_context
+import reference_decoder
 import reference_steps
 from hostile import D, rejected, valid
 from safetensors.numpy import load_file
+from test_format import EXAMPLE, FORMAT, hex_of, layout_of
 
 import compeft_fl as cf
 from compeft_fl import errors
@@ -63,6 +67,47 @@ def test_large_magnitudes(largest):
     assert reference_steps.read(code, [(7,)], 0, 7, 5)[0] == {
         i: q for i, q in enumerate(integers) if q
     }
+
+
+# --- FORMAT.md's example ----------------------------------------------------------------------
+
+
+EXAMPLE_STEPS = {3: 1, 9: -1, 10: 2, 17: -3, 30: 1}  # in units of 2^-4
+
+
+def test_the_worked_example_of_steps_is_what_encode_writes_and_both_decoders_read():
+    values = np.array([EXAMPLE_STEPS.get(index, 0) / 16 for index in range(32)], np.float32)
+    update = cf.TaskVector(layout_of(EXAMPLE), values)
+    blob = cf.encode(update, "steps", layout_by_id=True, base_version=7)
+    assert blob.hex(" ") == hex_of("steps").hex(" ")
+    assert cf.decode(blob, layout=update.layout).values.tolist() == values.tolist()
+    read = reference_decoder.decode(blob, EXAMPLE)
+    assert (read.values, read.base_version) == (values.tolist(), 7)
+    shapes = [shape for _, shape, _ in EXAMPLE]
+    code = b"\x71\x8e\xfa\xc5\xa7"
+    assert reference_steps.read(code, shapes, 0, 32, 5)[1] == len(code)  # 3 zeros after it
+
+
+def test_the_decisions_of_the_worked_example_of_steps():
+    """Each probability and result that FORMAT.md lists, from the second writer."""
+    told = FORMAT[FORMAT.index("with those of magnitudes in parentheses:") :].split("```")[1]
+    told = told.replace("\N{MINUS SIGN}", "-")
+    listed = re.findall(r"(\d+) +\(?([01+-])\)?", told)
+    decisions = []
+
+    class Recorder(reference_context.Writer):
+        def decide(self, p, bit):
+            decisions.append((p, super().decide(p, bit)))
+            return decisions[-1][1]
+
+    walk = reference_steps.Steps(len(EXAMPLE_STEPS), 32, Recorder().decide).walk
+    walk([shape for _, shape, _ in EXAMPLE], 0, 32, len(EXAMPLE_STEPS), EXAMPLE_STEPS)
+    assert [int(p) for p, _ in listed] == [p for p, _ in decisions]
+    for (_, told_bit), (_, bit) in zip(listed, decisions, strict=True):
+        assert told_bit in "+-" or int(told_bit) == bit
+    signs = [each for _, each in listed if each in "+-"]
+    walked = [EXAMPLE_STEPS[index] for index in (9, 10, 3, 17, 30)]  # lora_A by its columns
+    assert signs == ["+" if q > 0 else "-" for q in walked]
 
 
 # --- what it writes ---------------------------------------------------------------------------

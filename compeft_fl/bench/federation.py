@@ -304,10 +304,12 @@ class Federation:
 
     def __init__(self, setting: Setting, config: AppConfig, num_nodes: int) -> None:
         from compeft_fl.app.tasks import data, model
+        from compeft_fl.bench.frozen import keep_below_adapter
 
         self.setting, self.config, self.num_nodes = setting, config, num_nodes
         self._rows = data.load(config)
         self._classifier = model.build(config, self._rows)
+        keep_below_adapter(self._classifier.network)
         self._shards = [
             data.node_rows(self._rows, {"partition-id": node, "num-partitions": num_nodes}, config)
             for node in range(num_nodes)
