@@ -75,6 +75,33 @@ def test_a_coarse_start_goes_down_once_and_the_chain_is_never_less(tiny_config):
     assert rounds[-1].long_absence < LONG_ABSENCE * rounds[-1].up
 
 
+def test_what_lies_below_the_adapter_is_computed_once_and_is_the_same(tiny_config):
+    from compeft_fl.app.tasks import data, model, training
+    from compeft_fl.bench.frozen import keep_below_adapter
+
+    config = dataclasses.replace(tiny_config, peft_options='{"layers_to_transform": [1]}')
+    rows = data.load(config)
+    found = []
+    for keep in (False, True):
+        classifier = model.build(config, rows)
+        for module in classifier.modules():
+            if type(module).__name__ == "Dropout":
+                module.p = 0.0
+        assert not keep or keep_below_adapter(classifier.network) == 1
+        before = training.evaluate(classifier, rows.test, config)
+        training.train(classifier, rows.train, config, 3)
+        found.append((before, training.evaluate(classifier, rows.test, config)))
+        found[-1] += (classifier.adapter_state(),)
+    (before, after, state), (kept_before, kept_after, kept_state) = found
+    assert kept_before.loss == pytest.approx(before.loss, rel=1e-5)
+    assert kept_after.loss == pytest.approx(after.loss, rel=1e-4)
+    assert after.loss != before.loss
+    assert list(kept_state) == list(state)
+    whole = model.build(tiny_config, rows)
+    assert keep_below_adapter(whole.network) == 0
+    assert keep_below_adapter(whole) == 0
+
+
 # --- the table --------------------------------------------------------------------------------
 
 

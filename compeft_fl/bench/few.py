@@ -1,10 +1,11 @@
 """``compeft-fl bench few``: federations that ask few of their nodes in a round.
 
 Two of 20 nodes, and five of 50, on the app's model and data (`compeft_fl.bench.federation`), with
-the adapter in the last of the model's layers: a run takes two minutes of a core. What is compared: dense FedAvg; the grid, at several densities on the way down; and the chain that the
-grid has replaced, whose bytes follow from the same runs, since it learns the same. Each method
-also with other steps of the server, so that it can be seen at its best. A finished run is stored
-under OUT/few and not run again.
+the adapter in the last of the model's layers: a run takes two minutes of a core. What is compared:
+dense FedAvg; the grid, at several densities on the way down; and the chain that the grid has
+replaced, whose bytes follow from the same runs, since it learns the same. Each method also with
+other steps of the server, so that it can be seen at its best. A finished run is stored under
+OUT/few and not run again.
 """
 
 from __future__ import annotations
