@@ -221,9 +221,7 @@ class AppConfig:
     server_learning_rate: float = _key(
         1.0, "how far the global adapter goes along a round's merge; 1: all the way", above=0
     )
-    server_momentum: float = _key(
-        0.0, "part of the last round's step that the next one goes on with", low=0, high=0.99
-    )
+    server_momentum: float = _key(0.0, "part of its last step in its next", low=0, high=0.99)
     density: str | float = _key(
         0.1,
         "greatest part of the parameters that an update keeps; auto: what keeps the part energy",
@@ -316,14 +314,8 @@ class AppConfig:
                     f"found {shown(value)}"
                 )
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
-        _check_strategy(self.strategy)
+        _check_strategy(self.strategy, self.server_learning_rate != 1 or self.server_momentum > 0)
         self.trackers()
-        if not self.merges and (self.server_learning_rate != 1 or self.server_momentum):
-            raise ConfigError(
-                "server-learning-rate and server-momentum are settings of "
-                f"{', '.join(STRATEGIES[:3])}, found strategy {self.strategy}: take "
-                "strategy=compressed:FedAvgM, with strategy-options"
-            )
         json_object("peft-options", self.peft_options)
         json_object("strategy-options", self.strategy_options)
 
@@ -382,11 +374,6 @@ class AppConfig:
     def compressed(self) -> bool:
         """Whether nodes send ComPEFT updates (all strategies but Flower's own FedAvg)."""
         return self.strategy != "fedavg"
-
-    @property
-    def merges(self) -> bool:
-        """Whether the strategy is one of this project's."""
-        return self.strategy in STRATEGIES[:3]
 
 
 def keys() -> list[Key]:
@@ -450,10 +437,13 @@ def _kind_of(value: Scalar) -> str:
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[type(value)]
 
 
-def _check_strategy(strategy: str) -> None:
-    if strategy in STRATEGIES:
-        return
-    if strategy.startswith(COMPRESSED_PREFIX) and len(strategy) > len(COMPRESSED_PREFIX):
-        return
-    choices = (*STRATEGIES, "compressed:NAME with a strategy of flwr.serverapp.strategy")
-    raise ConfigError(f'strategy: "{strategy}" is none of {", ".join(choices)}')
+def _check_strategy(strategy: str, has_step: bool) -> None:
+    named = strategy.startswith(COMPRESSED_PREFIX) and len(strategy) > len(COMPRESSED_PREFIX)
+    if strategy not in STRATEGIES and not named:
+        choices = (*STRATEGIES, "compressed:NAME with a strategy of flwr.serverapp.strategy")
+        raise ConfigError(f'strategy: "{strategy}" is none of {", ".join(choices)}')
+    if has_step and strategy not in STRATEGIES[:3]:
+        raise ConfigError(
+            "server-learning-rate and server-momentum are settings of average, task-arithmetic and "
+            f"ties, found strategy {strategy}: take compressed:FedAvgM, with strategy-options"
+        )
