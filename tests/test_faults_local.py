@@ -172,7 +172,7 @@ def test_a_client_that_starts_elsewhere(other, caplog, fault_seen):
 
 
 def test_a_client_with_another_base_model(tiny_config, tiny_model, tmp_path, caplog, fault_seen):
-    """Wider than the others': its adapter has another layout, and it cannot load the server's."""
+    """Wider than the others': the digest tells, as it does where only weights are others."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     wide = tmp_path / "wide"
@@ -190,12 +190,12 @@ def test_a_client_with_another_base_model(tiny_config, tiny_model, tmp_path, cap
     )
     server_app.app(grid, context)
     said = line_of(caplog, "is set aside")
-    assert "these are not the tensors of this adapter" in said
-    assert "model, head and peft keys must be the same everywhere" in said
+    assert "expected the base model that the server has" in said
+    assert "the same weights and the same quantization everywhere" in said
     fault_seen(
         "a client with another base model", said,
-        "its replies are set aside; the others' rounds go on. One of the same shapes and other "
-        "weights cannot be told",
+        "its replies are set aside; the others' rounds go on. So with one of the same shapes and "
+        "other weights",
     )  # fmt: skip
 
 
