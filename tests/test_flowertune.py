@@ -43,17 +43,19 @@ def test_two_lines_make_the_template_ours(kind, stock, tmp_path):
     assert start - reached > 0.8 * (start - expected)
     assert len(grid.sent) == len(dense_grid.sent) == 2 * template.ROUNDS
 
-    # Each message down and each reply is counted once, at its size on the wire.
+    # Each message and reply is counted once: at its size on the wire, or at what the nodes lack in
+    # the mean, where the strategy looks before the server knows whom it has drawn.
     assert len(strategy.comm_tracker.used) == len(before.comm_tracker.used) == 2 * template.ROUNDS
     counts = strategy.observer.train.values()
     sent = sum(count.down_bytes + count.up_bytes for count in counts) / 1024**2
-    assert strategy.comm_tracker.curr_comm_cost == pytest.approx(sent, rel=0.02)
-    assert sum(strategy.comm_tracker.used[1::2]) < sum(before.comm_tracker.used[1::2]) / 15
-    assert strategy.comm_tracker.curr_comm_cost < before.comm_tracker.curr_comm_cost / 2
+    counted, stock_counted = strategy.comm_tracker, before.comm_tracker
+    assert counted.curr_comm_cost == pytest.approx(sent, rel=0.3 if kind == "wrapped" else 0.02)
+    assert sum(counted.used[1::2]) < sum(stock_counted.used[1::2]) / 15
+    assert counted.curr_comm_cost < stock_counted.curr_comm_cost / 4
 
     # Adapters are saved every n rounds, and the last one is what the run gives.
-    assert sorted(path.name for path in tmp_path.glob("peft_*")) == ["peft_10", "peft_12", "peft_5"]
-    loaded = PeftModel.from_pretrained(template.tiny_llama.make()[0], tmp_path / "peft_12")
+    assert sorted(path.name for path in tmp_path.glob("peft_*")) == ["peft_10", "peft_4", "peft_8"]
+    loaded = PeftModel.from_pretrained(template.tiny_llama.make()[0], tmp_path / "peft_10")
     state = template.get_peft_model_state_dict(loaded)
     assert all(torch.equal(state[k], v) for k, v in ours.arrays.to_torch_state_dict().items())
     losses = [metrics["train_loss"] for metrics in ours.train_metrics_clientapp.values()]
