@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from compeft_fl.app import embedded
 from compeft_fl.app.embedded import build_debian_instructions as instructions
-from compeft_fl.app.embedded import debian_archive
+from compeft_fl.app.embedded import debian_archive, train_debian_lm
 from compeft_fl.app.embedded.build_debian_sections import split_of
 from compeft_fl.errors import ConfigError
 
@@ -136,3 +137,90 @@ def test_a_bundle_finds_the_installed_files(tmp_path, monkeypatch):
     assert embedded.path("x.bin") == installed / "x.bin"
     with pytest.raises(ConfigError, match=r"expected y\.bin in the installed package"):
         embedded.path("y.bin")
+
+
+# --- the language model -------------------------------------------------------------------------
+
+
+def held_out_texts() -> list[str]:
+    """Descriptions of held-out packages, from the questions on them, as the model is trained on."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(embedded.path("debian-instructions.parquet")).to_pylist()
+    return [
+        f"<|begin|>{row['package']}: {row['response']}\n\n" + row["prompt"].partition("\n\n")[2]
+        for row in rows
+        if row["kind"] == "synopsis" and row["split"] == "test"
+    ]
+
+
+def test_the_language_model_is_as_good_as_its_card_says():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = embedded.path(embedded.LANGUAGE_MODEL)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert 5e6 < model.num_parameters() < 10e6
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    loss, size = 0.0, 0
+    for text in held_out_texts()[:40]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.inference_mode():
+            loss += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        size += len(text.encode())
+    assert loss / size / np.log(2) < 1.6  # bits a byte; the card: 1.32 over all of them
+    chat = [{"role": "user", "content": "What is x?"}, {"role": "assistant", "content": "y"}]
+    asked = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert asked == "<|begin|><|user|>What is x?<|end|><|assistant|>"
+    assert whole == f"{asked}y<|end|>"
+    found = tokenizer.apply_chat_template(
+        chat, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None
+    )
+    ids = [i for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(ids) == "y<|end|>"
+
+
+def test_what_the_model_is_trained_on():
+    packages = [
+        ALPHA._replace(name=f"a{i}", source=f"s{i}", synopsis=f"tools of kind {i}")
+        for i in range(40)
+    ]
+    seen = list(train_debian_lm.documents(packages))
+    unseen = list(train_debian_lm.documents(packages, held_out=True))
+    names = {package.name for package in packages if package.split != "test"}
+    assert 0 < len(unseen) < len(seen) == len(names)
+    assert all(text.startswith("<|begin|>") and text.endswith("<|end|>") for text in seen)
+    asked = [text for text in seen if text.startswith("<|begin|><|user|>What is a")]
+    assert 0 < len(asked) < len(seen)
+    assert sum("They ask, answer" in text for text in seen) == train_debian_lm.REPEATS
+
+
+def test_training_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """Four steps in one call, and in two: the same weights, and a model that loads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for name, small in {"WIDTH": 16, "DEPTH": 1, "HEADS": 2, "INNER": 32, "ROWS": 2}.items():
+        monkeypatch.setattr(train_debian_lm, name, small)
+    monkeypatch.setattr(train_debian_lm, "CONTEXT", 8)
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # half a minute of a C++ compiler
+    packages = [
+        ALPHA._replace(name=f"a{i}", source=f"s{i}", description=f"{ALPHA.description} Of {i}.")
+        for i in range(60)
+    ]
+    monkeypatch.setattr(debian_archive, "read", lambda apt: packages)
+    weights = []
+    for name, calls in (("one", [4]), ("two", [2, 4])):
+        work = ["--work", str(tmp_path / name)]
+        for steps in calls:
+            fall = int(train_debian_lm.FALL * 5)
+            monkeypatch.setattr(train_debian_lm, "FALL", fall / (steps + fall))
+            assert train_debian_lm.main([*work, "--steps", str(steps + fall)]) == 0
+            monkeypatch.setattr(train_debian_lm, "FALL", 0.2)
+        output = tmp_path / f"{name}-model"
+        assert train_debian_lm.main([*work, "--steps", "5", "--finish", "-o", str(output)]) == 0
+        weights.append(AutoModelForCausalLM.from_pretrained(output).state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "held_out_loss" in capsys.readouterr().out

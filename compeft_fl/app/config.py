@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 from compeft_fl import codecs
 from compeft_fl.app.config_values import Scalar, checked, json_object, shown, suggestion
+from compeft_fl.app.config_values import key as _key
 from compeft_fl.app.tasks import TASKS
 from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
@@ -73,35 +73,6 @@ class Key:
     choices: tuple[str, ...] = ()
 
 
-def _key(
-    default: Scalar,
-    help: str,
-    *,
-    kind: str | None = None,
-    choices: Iterable[str] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-) -> Any:
-    """Return a dataclass field that carries how its value is checked.
-
-    `low` and `high` are the ends of the range, both included; `above` is a lower end left out.
-    """
-    if kind is None:
-        kind = {bool: "true or false", int: "integer", float: "number", str: "text"}[type(default)]
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "kind": kind,
-            "choices": tuple(choices),
-            "low": low,
-            "high": high,
-            "above": above,
-        },
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class AppConfig:
     """Everything that a run of the ready-made app can be told, checked.
@@ -131,7 +102,11 @@ class AppConfig:
     seed: int = _key(42, "seed of the adapter's start, the partition and the batches", low=0)
 
     task: str = _key("classification", "what is trained", choices=TASKS)
-    model: str = _key("minilm", "base model: minilm (embedded), a Hugging Face id or a folder")
+    model: str = _key(
+        "minilm",
+        "base model: minilm, or for task=instruction debian-lm (both embedded), a Hugging Face id, "
+        "or a folder",
+    )
     trust_remote_code: bool = _key(
         False, "run the Python code that comes with the model, on server and nodes; nobody is asked"
     )
@@ -149,7 +124,8 @@ class AppConfig:
 
     data: str = _key(
         "debian-section",
-        "debian-section, -role, -interface, -lang (embedded), a .jsonl, .csv or .parquet file, "
+        "debian-section, -role, -interface, -lang, or for "
+        "task=instruction debian-instructions (all embedded), a .jsonl, .csv or .parquet file, "
         "or a Hugging Face dataset",
     )
     data_config: str = _key("", "configuration of a Hugging Face dataset, where it has several")
@@ -174,6 +150,7 @@ class AppConfig:
     validation_split: str = _key("val", "name of the split for calibration")
     test_split: str = _key("test", "name of the split that the server scores")
     limit_rows: int = _key(0, "use at most so many rows of each split; 0: all", low=0)
+    limit_test_rows: int = _key(0, "score at most so many rows; 0: as limit-rows", low=0)
 
     partition: str = _key(
         "dirichlet", "how rows go to nodes", choices=("iid", "dirichlet", "column")
@@ -294,6 +271,14 @@ class AppConfig:
         0.0, "part of the nodes that score the global adapter on their own rows", low=0, high=1
     )
     timeout: float = _key(3600.0, "seconds that a round waits for late replies", above=0)
+    evaluate_tasks: str = _key(
+        "", "tasks of lm-eval that the server puts to the model, by comma (task=instruction)"
+    )
+    evaluate_every: int = _key(5, "rounds from one such evaluation to the next", low=1)
+    evaluate_limit: int = _key(100, "questions of each of its tasks; 0: all", low=0)
+    budget_mb: float = _key(
+        0.0, "MB both ways, of which the table says what is used; FlowerTune: 200000", low=0
+    )
     track: str = _key(
         "",
         "trackers by comma: tensorboard, wandb, mlflow, trackio; where nothing else is set up, "

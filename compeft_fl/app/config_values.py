@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -14,7 +15,7 @@ from compeft_fl.errors import ConfigError
 from compeft_fl.printable import printable
 from compeft_fl.reduction import AUTO
 
-__all__ = ["Scalar", "checked", "json_object", "shown", "suggestion"]
+__all__ = ["Scalar", "checked", "json_object", "key", "shown", "suggestion"]
 
 Scalar: TypeAlias = bool | int | float | str
 """What Flower takes as the value of a key."""
@@ -108,3 +109,32 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return "a number of more than 64 bits"
     return printable(f'"{value}"' if isinstance(value, str) else repr(value), 200)
+
+
+def key(
+    default: Scalar,
+    help: str,
+    *,
+    kind: str | None = None,
+    choices: Iterable[str] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """Return a dataclass field that carries how its value is checked, see `checked`.
+
+    `low` and `high` are the ends of the range, both included; `above` is a lower end left out.
+    """
+    if kind is None:
+        kind = {bool: "true or false", int: "integer", float: "number", str: "text"}[type(default)]
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "kind": kind,
+            "choices": tuple(choices),
+            "low": low,
+            "high": high,
+            "above": above,
+        },
+    )

@@ -6,7 +6,7 @@ import inspect
 import random
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp, strategy
@@ -20,8 +20,13 @@ from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
 from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
 from compeft_fl.results.journal import PROGRESS_FILE, Journal
+from compeft_fl.results.report import TASK_MARK
 from compeft_fl.results.trackers import Trackers, check_installed
 from compeft_fl.server.checkpoint import alone_in
+
+if TYPE_CHECKING:
+    from compeft_fl.app.evaluation import Harness
+    from compeft_fl.app.tasks.base import Task
 
 __all__ = ["app", "build_strategy", "run_folder"]
 
@@ -55,12 +60,14 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     """Build, federate and report."""
     rule = build_strategy(config, journal)  # what is wrong with it shows before anything is loaded
     check_installed(config.trackers())
+    asked = _Asked(config)
 
     from compeft_fl.results import report
 
     random.seed(config.seed)  # Flower samples nodes with it
     task = tasks.prepare(config)
     task.check()
+    asked.check(task)
     state = task.adapter_state()
     journal.begin(sum(value.size for value in state.values()))
     LOGGER.info("results go to %s", journal.folder)
@@ -70,9 +77,10 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     def score(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         task.load_adapter_state(to_state(arrays))
         found = task.evaluate(task.test_rows)
-        journal.on_score(server_round, found.accuracy, found.loss, found.more)
+        more = {**found.more, **asked.score(task, server_round)}
+        journal.on_score(server_round, found.accuracy, found.loss, more)
         trackers.write(server_round, journal.record().rounds[server_round], journal.ledger)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss, **found.more})
+        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss, **more})
 
     initial = to_arrays(state)
     options: dict[str, Any] = {}
@@ -106,6 +114,35 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     if config.rounds and config.fraction_train and not any(r.replies for r in record.rounds):
         reason = journal.reasons[0] if journal.reasons else "no node answered"
         raise NoUsableReplyError(f"no reply of any node could be used; the first: {reason}")
+
+
+class _Asked:
+    """lm-eval's tasks that a run's configuration names, loaded before anything else is."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self.config = config
+        self.harness: Harness | None = None
+        if config.evaluate_tasks.strip():
+            from compeft_fl.app.evaluation import Harness
+
+            self.harness = Harness(config.evaluate_tasks, limit=config.evaluate_limit)
+
+    def check(self, task: Task) -> None:
+        """Raise ConfigError where the run's task has no language model to put them to."""
+        if self.harness is not None:
+            task.answering()
+
+    def score(self, task: Task, server_round: int) -> dict[str, float]:
+        """Return ``TASK/METRIC`` after the start, every so many rounds, and the last one."""
+        last = server_round == self.config.rounds
+        if self.harness is None or (server_round % self.config.evaluate_every and not last):
+            return {}
+        scores = self.harness.score(*task.answering())
+        return {
+            f"{name}{TASK_MARK}{metric}": figure.value
+            for name, metrics in scores.items()
+            for metric, figure in metrics.items()
+        }
 
 
 def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Strategy:

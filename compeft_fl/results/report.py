@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-__all__ = ["link_latest", "plot", "table", "write"]
+__all__ = ["TASK_MARK", "link_latest", "plot", "table", "tasks_table", "write"]
+
+TASK_MARK: Final = "/"
+"""Stands between task and metric in the name of a further score that is one of lm-eval's."""
 
 SUMMARY_FILE: Final = "summary.json"
 METRICS_FILE: Final = "metrics.csv"
 PLOT_FILE: Final = "accuracy.png"
-_COLUMNS: Final = 1  # of further scores, in a table of 80 columns
+_COLUMNS: Final = 1  # of further scores or the budget, in a table of 80 columns
+_ROUNDS_SHOWN: Final = 6  # of tasks, likewise
 
 _UP, _BOTH = "#0072b2", "#d55e00"  # told apart by everyone
 
@@ -136,8 +140,9 @@ def table(summary: Mapping[str, Any]) -> Table:
         show_footer=True,
     )
     more: list[Mapping[str, float]] = summary.get("more") or [{}] * len(summary["loss"])
-    further = sorted({name for scores in more for name in scores})
-    further = further if len(further) <= _COLUMNS else []  # else they are in metrics.csv
+    further = sorted({name for scores in more for name in scores if TASK_MARK not in name})
+    budget = 1e6 * float(summary.get("config", {}).get("budget-mb", 0))
+    further = further if len(further) + (budget > 0) <= _COLUMNS else []  # else in metrics.csv
     headers = ["round", "accuracy", "loss", *further]
     headers += ["sent up", "of dense", "sent down", "of dense"]
     sums = [
@@ -146,6 +151,9 @@ def table(summary: Mapping[str, Any]) -> Table:
         for kind in ("payload", "dense")
     ]
     footers = ["all", "", "", *[""] * len(further), *_sent(*map(sum, sums))]
+    used = [100 * both / budget for both in _added(*_totals(summary, "payload"))] if budget else []
+    if used:
+        headers, footers = [*headers, "of budget"], [*footers, f"{used[-1]:.3g} %"]
     ledger = summary.get("ledger") or {}
     kept = [ledger.get(name, []) for name in ("cosine", "relative_error")]
     if any(value is not None for values in kept for value in values):
@@ -162,8 +170,30 @@ def table(summary: Mapping[str, Any]) -> Table:
             "-" if loss is None else f"{loss:.3f}",
             *("-" if name not in more[index] else f"{more[index][name]:.3g}" for name in further),
             *(_sent(*(column[index - 1] for column in sums)) if index else ()),
+            *([f"{used[index - 1]:.3g} %"] if used and index else []),
             *(_figure(values, index - 1) for values in kept if index and "cosine" in headers),
         )
+    return found
+
+
+def tasks_table(summary: Mapping[str, Any]) -> Table | None:
+    """Return what lm-eval's tasks gave in the rounds that they were asked in; None: in none."""
+    from rich.table import Table
+
+    more: list[Mapping[str, float]] = summary.get("more") or []
+    asked = [index for index, scores in enumerate(more) if any(TASK_MARK in n for n in scores)]
+    if not asked:
+        return None
+    shown = asked if len(asked) <= _ROUNDS_SHOWN else [asked[0], *asked[1 - _ROUNDS_SHOWN :]]
+    found = Table(title="tasks of lm-eval, by round", title_justify="left")
+    found.add_column("task")
+    found.add_column("metric")
+    for index in shown:
+        found.add_column(str(index), justify="right")
+    for name in sorted({name for index in asked for name in more[index] if TASK_MARK in name}):
+        figures = [more[index].get(name) for index in shown]
+        cells = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+        found.add_row(*name.rsplit(TASK_MARK, 1), *cells)
     return found
 
 

@@ -136,6 +136,8 @@ def _go(scenario: Scenario, folder: Path, launcher: Launcher, command: str) -> i
     summary = json.loads((folder / report.SUMMARY_FILE).read_text(encoding="utf-8"))
     console = Console()
     console.print(report.table(summary))
+    if (tasks := report.tasks_table(summary)) is not None:
+        console.print(tasks)
     if "ledger" in summary:
         console.print(overhead.table(summary))
     seconds = time.perf_counter() - started
@@ -168,6 +170,10 @@ def _scenario(arguments: Sequence[str]) -> Scenario:
 
 def _check(config: AppConfig) -> None:
     """Raise now for what the app would raise half a minute later, where looking costs little."""
+    if config.evaluate_tasks.strip():
+        from compeft_fl.app.evaluation import require_harness  # imports torch
+
+        require_harness()
     if config.strategy.startswith(COMPRESSED_PREFIX):
         build_strategy(config, RoundCounts())
     plain = AppConfig()
@@ -257,6 +263,9 @@ class _Live:
             line += f"  {event['time'] - self._seconds:.0f} s"
         self._seconds = event["time"]
         self._say(line)
+        tasks = [f"{name} {event[name]:.3f}" for name in event if report.TASK_MARK in name]
+        if tasks:
+            self._say("  " + ", ".join(tasks))
 
     def _update(
         self, description: str, *, total: int | None = None, completed: int | None = None

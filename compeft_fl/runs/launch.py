@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 
 from compeft_fl import __version__
 from compeft_fl.app.config import AppConfig, Scalar
+from compeft_fl.app.embedded import LANGUAGE_MODEL
 from compeft_fl.app.tasks.data import EMBEDDED
 from compeft_fl.client import state_store
 from compeft_fl.errors import CompeftError
@@ -336,7 +337,7 @@ def _environment(home: Path, more: Mapping[str, str]) -> dict[str, str]:
 
 def _offline(config: AppConfig) -> dict[str, str]:
     """Keep off the network where everything is at hand."""
-    local_model = config.model == "minilm" or Path(config.model).is_dir()
+    local_model = config.model in ("minilm", LANGUAGE_MODEL) or Path(config.model).is_dir()
     local_data = config.data in EMBEDDED or Path(config.data).is_file()
     return {"HF_HUB_OFFLINE": "1"} if local_model and local_data else {}
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Final
 
 from compeft_fl.errors import ConfigError
 
-__all__ = ["path"]
+__all__ = ["LANGUAGE_MODEL", "path"]
+
+LANGUAGE_MODEL: Final = "debian-lm"
+"""The name of the embedded language model, and of its folder here."""
 
 
 def path(name: str) -> Path:

@@ -162,6 +162,19 @@ class Task(ABC):
         """
         return None
 
+    def answering(self) -> tuple[Any, Any]:
+        """Return the model with its adapter and its tokenizer, for lm-eval's tasks.
+
+        Raises
+        ------
+        ConfigError
+            Where it is no language model.
+        """
+        raise ConfigError(
+            f"evaluate-tasks: expected a language model (task=instruction), found "
+            f"task={self.config.task}"
+        )
+
     def check_base(self, digest: object) -> None:
         """Raise ConfigError unless `digest`, the server's, is that of the base model here."""
         if digest == self.base_digest:

@@ -100,6 +100,10 @@ class InstructionTuning(Task):
         """See `Task`: accuracy and loss are over the tokens of responses."""
         return fine_tuning.evaluate(self.model, rows, self.config)
 
+    def answering(self) -> tuple[Any, Any]:
+        """See `Task`."""
+        return self.model.network, self.model.tokenizer
+
     def save(self, folder: Path, record: RunRecord) -> None:
         """See `Task`: also the tokenizer with its chat template, and how prompts are written."""
         config, quantized = self.config, self.config.quantization

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from torch import nn
 
 from compeft_fl import adapters
 from compeft_fl.adapters.base_digest import base_digest, check_base
+from compeft_fl.app import embedded
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import stored_peft
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
@@ -24,7 +26,9 @@ from compeft_fl.printable import one_line
 
 __all__ = ["EMBEDDED_MODELS", "LanguageModel", "build", "load_base", "with_adapter"]
 
-EMBEDDED_MODELS: Final[Mapping[str, Callable[[], Path]]] = MappingProxyType({})
+EMBEDDED_MODELS: Final[Mapping[str, Callable[[], Path]]] = MappingProxyType(
+    {embedded.LANGUAGE_MODEL: functools.partial(embedded.path, embedded.LANGUAGE_MODEL)}
+)
 """Language models that come with the package: name -> what gives their folder."""
 
 
@@ -145,8 +149,8 @@ def load_base(config: AppConfig) -> LanguageModel:
             "quantization_config": _quantization(config.quantization, dtype),
             "device_map": {"": device},
         }
-    embedded = EMBEDDED_MODELS.get(config.model)
-    source = str(embedded()) if embedded else config.model
+    own = EMBEDDED_MODELS.get(config.model)
+    source = str(own()) if own else config.model
     try:
         with quiet():
             settings, tokenizer = _described(source, config)

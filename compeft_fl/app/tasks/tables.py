@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
 
+from compeft_fl.app import embedded
 from compeft_fl.app.config import AppConfig, suggestion
 from compeft_fl.errors import ConfigError
 
@@ -24,7 +24,7 @@ __all__ = ["EMBEDDED", "Table", "load_tables", "three_splits"]
 
 EMBEDDED: Final = {
     f"debian-{task}": f"debian-{task}.jsonl" for task in ("section", "role", "interface", "lang")
-}
+} | {"debian-instructions": "debian-instructions.parquet"}
 """Data sets inside the package: name -> file under ``compeft_fl/app/embedded``."""
 
 _FORMATS: Final = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -58,7 +58,7 @@ def load_tables(config: AppConfig) -> dict[str, Table]:
         Where the file, the data set or the split to train on does not exist.
     """
     if config.data in EMBEDDED:
-        splits = _by_column(_embedded(EMBEDDED[config.data]), config)
+        splits = _by_column(_embedded(embedded.path(EMBEDDED[config.data])), config)
     elif Path(config.data).suffix in _FORMATS:
         splits = _by_column(_file(Path(config.data)), config)
     else:
@@ -75,7 +75,8 @@ def three_splits(rows: Mapping[str, _R], config: AppConfig) -> tuple[_R, _R, _R]
     """Return the rows to train on, to calibrate with and to score, of those that there are.
 
     A split that the data does not have is cut off the training rows by the seed: 20 % for test,
-    then 10 % of the rest for validation. ``limit-rows`` draws from each.
+    then 10 % of the rest for validation. ``limit-rows`` and
+    ``limit-test-rows`` draw from each.
 
     Raises
     ------
@@ -97,18 +98,21 @@ def three_splits(rows: Mapping[str, _R], config: AppConfig) -> tuple[_R, _R, _R]
     rows[config.train_split] = train
     limited = []
     for name in (config.train_split, config.validation_split, config.test_split):
-        split = rows[name]
-        if config.limit_rows and len(split) > config.limit_rows:
-            split = split.take(np.sort(rng.permutation(len(split))[: config.limit_rows]))
+        split, most = rows[name], config.limit_rows
+        if name == config.test_split:
+            most = config.limit_test_rows or most
+        if most and len(split) > most:
+            split = split.take(np.sort(rng.permutation(len(split))[:most]))
         if not len(split):
             raise ConfigError(f'data: the split "{name}" of {config.data} has no rows')
         limited.append(split)
     return limited[0], limited[1], limited[2]
 
 
-def _embedded(file: str) -> Table:
-    text = resources.files("compeft_fl.app").joinpath("embedded", file).read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+def _embedded(path: Path) -> Table:
+    if path.suffix != ".jsonl":
+        return _file(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {column: [row[column] for row in rows] for column in rows[0]}
 
 
