@@ -9,6 +9,7 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.factored import LOWEST, FactoredVector
 from compeft_fl.factorize import check_energy, factorize, keep_energy
 from compeft_fl.quality import Quality
+from compeft_fl.rates import Rate, on_host_memory, rounded_to
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -65,6 +66,9 @@ class Reduction:
         In (0, 1): the least share of the energy that "auto" keeps.
     low_rank : bool
         Whether "auto" may take low-rank signs.
+    bits : int
+        2 .. 16: multiples of a power of two, of so many bits a parameter, see
+        `compeft_fl.rates.rounded_to`. 0: one of the forms above.
 
     Raises
     ------
@@ -85,6 +89,7 @@ class Reduction:
     factored: bool = False
     energy: float = ENERGY
     low_rank: bool = True
+    bits: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.density, str):
@@ -102,7 +107,16 @@ class Reduction:
         """The same with the share of energy that `floor_after` says."""
         return replace(self, energy=floor_after(self.energy, version, absence))
 
-    def __call__(self, tau: TaskVector, lowest: int = LOWEST) -> TernaryVector | FactoredVector:
+    def at(self, rate: Rate, *, ternary: bool = False) -> Reduction:
+        """The same at the rate that somebody else asks for; ``ternary``: finer ones are not taken.
+
+        Where nothing is asked for, the same.
+        """
+        if rate.density:
+            return replace(self, density=rate.density)
+        return replace(self, bits=0 if ternary else rate.bits)
+
+    def __call__(self, tau: TaskVector, lowest: int = LOWEST) -> TernaryVector | TaskVector:
         """What is sent of a task vector.
 
         ``lowest`` is the smallest exponent of low-rank signs, where they have to lie on a grid.
@@ -112,6 +126,8 @@ class Reduction:
         ParameterError, NonFiniteError
             No parameters; NaN or Inf.
         """
+        if self.bits:
+            return rounded_to(tau, self.bits)
         if isinstance(self.density, str):
             return keep_energy(tau, self.energy, self.scale, lowest=lowest, low_rank=self.low_rank)
         if self.factored:
@@ -119,8 +135,10 @@ class Reduction:
         return compress(tau, self.density, self.scale, self.support)
 
 
-def quality_of(tau: TaskVector, update: TernaryVector | FactoredVector) -> Quality:
+def quality_of(tau: TaskVector, update: TernaryVector | TaskVector) -> Quality:
     """How much of a task vector is sent."""
     if isinstance(update, TernaryVector):
         return Quality.of_compressed(tau, update)
+    if not isinstance(update, FactoredVector):  # made on the CPU
+        tau = on_host_memory(tau)
     return Quality.of(tau, update)

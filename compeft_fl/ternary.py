@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint64]
     Masks = Words | torch.Tensor
 
-__all__ = ["TernaryVector"]
+__all__ = ["TernaryVector", "num_words", "pack", "unpack"]
 
 
 def num_words(num_parameters: int) -> int:
@@ -95,7 +95,7 @@ class TernaryVector:
         used = {scale for scale in scales if scale > 0}
         if len(used) <= 1:
             scales = [used.pop() if used else 0.0]
-        return cls(tau.layout, _pack(values > 0), _pack(values < 0), scales)
+        return cls(tau.layout, pack(values > 0), pack(values < 0), scales)
 
     @property
     def positive(self) -> Words:
@@ -228,11 +228,16 @@ class TernaryVector:
         return f"TernaryVector({self.layout!r}, {self.num_nonzeros} nonzeros)"
 
 
-def _pack(mask: NDArray[np.bool_]) -> Words:
+def pack(mask: NDArray[np.bool_]) -> Words:
     """A mask of booleans as words."""
     packed = np.zeros(8 * num_words(mask.size), np.uint8)
     packed[: (mask.size + 7) >> 3] = np.packbits(mask, bitorder="little")
     return packed.view(np.uint64)
+
+
+def unpack(mask: Words, size: int) -> NDArray[np.bool_]:
+    """A mask of words as so many booleans."""
+    return np.unpackbits(mask.view(np.uint8), count=size, bitorder="little").view(np.bool_)
 
 
 def _count_by_range(mask: Words, bounds: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
 from compeft_fl.server.downlink_options import DownlinkOptions
+from compeft_fl.server.mixed_ranks import MixedRanks
 from compeft_fl.server.observer import (
     BoundsObserver,
     RoundCount,
@@ -16,6 +17,7 @@ from compeft_fl.server.rounds import Checkpointing
 from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
 from compeft_fl.server.transfers import Transfers
+from compeft_fl.server.upload_budget import UploadBudget
 from compeft_fl.strategies.average import ComPEFTAverage
 from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 from compeft_fl.strategies.compressed import Compressed
@@ -33,6 +35,7 @@ __all__ = [
     "ComPEFTTies",
     "Compressed",
     "DownlinkOptions",
+    "MixedRanks",
     "ReplyBounds",
     "ReplyStream",
     "RoundCount",
@@ -42,4 +45,5 @@ __all__ = [
     "StreamingGrid",
     "TransferObserver",
     "Transfers",
+    "UploadBudget",
 ]

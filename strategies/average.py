@@ -25,6 +25,8 @@ class ComPEFTAverage(ComPEFTStrategy):
     https://arxiv.org/abs/2311.13171.
     """
 
+    _rank_merges = ("cover", "product")
+
     def accumulator(self, layout: Layout) -> Accumulator:
         """See `ComPEFTStrategy.accumulator`."""
         return Average(layout=layout)

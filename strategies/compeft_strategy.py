@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -22,6 +22,7 @@ from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.intake import Reply, describe, update_of, weight_of
 from compeft_fl.server.links import RoundGrid
 from compeft_fl.server.metrics import Metrics
+from compeft_fl.server.mixed_ranks import MixedRanks, RankMerge
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.privacy import check_outermost
@@ -34,6 +35,7 @@ from compeft_fl.server.robustness import (
 )
 from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.server.server_step import ServerStep
+from compeft_fl.server.upload_budget import UploadBudget
 from compeft_fl.task_vector import Layout
 from compeft_fl.tensor_policy import TensorPolicy
 
@@ -68,6 +70,8 @@ class SharedOptions(FedAvgOptions, total=False):
     tensors: TensorPolicy | Mapping[str, str] | None
     server_learning_rate: float
     server_momentum: float
+    ranks: MixedRanks | Sequence[int] | None
+    upload: UploadBudget | float | None
 
 
 class ComPEFTStrategy(FedAvg):
@@ -96,6 +100,11 @@ class ComPEFTStrategy(FedAvg):
     server_learning_rate, server_momentum : float
         How far the global adapter goes along a round's merge, see
         `compeft_fl.server.server_step.ServerStep`. Default: all the way, without momentum.
+    ranks : MixedRanks or sequence of int, optional
+        The ranks that nodes may have. Default: all have the whole adapter.
+    upload : UploadBudget or float, optional
+        Gives each node a density such that its upload ends within so many seconds. Default: the
+        nodes' own.
     **options
         FedAvg's keywords: sampling, record keys, aggregation of metrics (by default Flower's
         weighted mean; functions of your own get the MetricRecords only).
@@ -105,6 +114,9 @@ class ComPEFTStrategy(FedAvg):
     LayoutError, NonFiniteError
         From `start` and `configure_train`, for arrays that are no adapter's.
     """
+
+    _rank_merges: ClassVar[tuple[str, ...]] = ("cover",)  # how updates of several ranks can merge
+    _weighs_cover: ClassVar[bool] = True  # entries by the weight of those that have them
 
     def __init__(
         self,
@@ -116,10 +128,18 @@ class ComPEFTStrategy(FedAvg):
         bounds: ReplyBounds | None = None,
         server_learning_rate: float = 1.0,
         server_momentum: float = 0.0,
+        ranks: MixedRanks | Sequence[int] | None = None,
+        upload: UploadBudget | float | None = None,
         **options: Unpack[FedAvgOptions],
     ) -> None:
         super().__init__(**options)
         self._step = ServerStep(server_learning_rate, server_momentum)
+        self.ranks, self.upload = MixedRanks.of(ranks), UploadBudget.of(upload)
+        if self.ranks is not None and self.ranks.merge not in self._rank_merges:
+            raise ParameterError(
+                f"expected ranks merged by {' or '.join(self._rank_merges)} in "
+                f"{type(self).__name__}, found {self.ranks.merge!r}"
+            )
         self.robustness = robustness
         self.bounds = ReplyBounds() if bounds is None else bounds
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
@@ -127,7 +147,9 @@ class ComPEFTStrategy(FedAvg):
             "train": options.get("train_metrics_aggr_fn") is not None,
             "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
         }
-        self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
+        self._broadcaster = Broadcaster(
+            self.observer, downlink, TensorPolicy.of(tensors), self.ranks, self.upload
+        )
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._base: Base | None = None
 
@@ -156,6 +178,9 @@ class ComPEFTStrategy(FedAvg):
         if self.robustness is not None:
             LOGGER.info("\t├──> %s", self.robustness.describe())
         LOGGER.info("\t├──> %s", self.bounds.describe())
+        for setting in (self.ranks, self.upload):
+            if setting is not None:
+                LOGGER.info("\t├──> %s", setting.describe())
         super().summary()
 
     def start(
@@ -216,6 +241,7 @@ class ComPEFTStrategy(FedAvg):
             raise ParameterError("expected configure_train before aggregate_train")
         base = self._base
         accumulator = self.accumulator(base.layout)
+        mixed = RankMerge.of(self.ranks, base, weighs_cover=self._weighs_cover)
         average = CarriedAverage(base.apart.carried, most=_MOST_MEDIANS)
         metrics = self._metrics("train")
 
@@ -226,7 +252,9 @@ class ComPEFTStrategy(FedAvg):
             carried = find_carried(content)
             if carried is not None:
                 base.read_carried(carried)
-            return Candidate(self.merging_weight(weight), parts, base.read(parts), carried or b"")
+            update, cut = base.read(parts, reply.answer.rank if reply.answer else 0)
+            weight = self.merging_weight(weight)
+            return Candidate(weight, parts, update, carried or b"", cut=cut)
 
         def tell(rule: SignAgreementFilter, similarities: list[Similarity]) -> None:
             tell_similarities(rule, server_round, similarities, self.observer)
@@ -238,6 +266,7 @@ class ComPEFTStrategy(FedAvg):
                 if found.reason is not None:
                     raise CompeftError(found.reason)
                 accumulator.add(found.update, found.weight)
+                mixed.add(found)
                 carried = base.read_carried(found.carried) if found.carried else {}
                 average.add(carried, found.weight, who=reply.node_id)
             except CompeftError as error:
@@ -247,7 +276,8 @@ class ComPEFTStrategy(FedAvg):
                 self._outcomes.take(reply)
             del reply, found  # before the next one is pulled
         self._outcomes.log()
-        return self._merge(server_round, base, accumulator, average), metrics.result()
+        merged = self._merge(server_round, base, accumulator, average, mixed)
+        return merged, metrics.result()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -284,8 +314,9 @@ class ComPEFTStrategy(FedAvg):
         return list(own) != [getattr(ComPEFTStrategy, name) for name in names]
 
     def _merge(
-        self, server_round: int, base: Base, accumulator: Accumulator, average: CarriedAverage
-    ) -> ArrayRecord:
+        self, server_round: int, base: Base, accumulator: Accumulator, average: CarriedAverage,
+        mixed: RankMerge,
+    ) -> ArrayRecord:  # fmt: skip
         if not accumulator.count:
             if self.fraction_train > 0:
                 LOGGER.warning(
@@ -294,7 +325,7 @@ class ComPEFTStrategy(FedAvg):
                 )
             return base.arrays
         try:
-            step = self._step.next(accumulator.result())
+            step = self._step.next(mixed.result(accumulator.result()))
             arrays = base.moved_by(step, average.result())
             self._step.accept()
             _say_of_carried(server_round, average)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -17,10 +17,12 @@ from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.server.inner_state import InnerState
 from compeft_fl.server.links import LinkGrid, Links
+from compeft_fl.server.mixed_ranks import MixedRanks
 from compeft_fl.server.observer import RoundCounts, RoundObserver
 from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.privacy import check_outermost, wrapped
 from compeft_fl.server.rounds import Checkpointing, run_rounds
+from compeft_fl.server.upload_budget import UploadBudget
 from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["Compressed"]
@@ -55,6 +57,9 @@ class Compressed(Strategy):
         nodes sent; of those that are left, it is not kept.
     bounds : ReplyBounds, optional
         What a single reply can do, see `Links`.
+    ranks, upload
+        As `ComPEFTStrategy`. The inner strategy sees replies of whole adapters: what a node does
+        not have moves as it does in the mean over those that have it.
 
     Raises
     ------
@@ -75,6 +80,8 @@ class Compressed(Strategy):
         downlink: DownlinkOptions | None = None,
         tensors: TensorPolicy | Mapping[str, str] | None = None,
         bounds: ReplyBounds | None = None,
+        ranks: MixedRanks | Sequence[int] | None = None,
+        upload: UploadBudget | float | None = None,
     ) -> None:
         from compeft_fl.strategies.compeft_strategy import ComPEFTStrategy
 
@@ -88,7 +95,15 @@ class Compressed(Strategy):
                 + order
             )
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
-        self._broadcaster = Broadcaster(self.observer, downlink, TensorPolicy.of(tensors))
+        mixed = MixedRanks.of(ranks)
+        if mixed is not None and (found is not inner or mixed.merge != "cover"):
+            raise ParameterError(
+                "expected ranks merged by cover, and no wrapper for differential privacy, around "
+                f"nodes of several ranks; found merge {mixed.merge!r} and {type(inner).__name__}"
+            )
+        self._broadcaster = Broadcaster(
+            self.observer, downlink, TensorPolicy.of(tensors), mixed, UploadBudget.of(upload)
+        )
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._links = Links(inner, self._outcomes, bounds)
         self._arrays: ArrayRecord | None = None
@@ -113,6 +128,9 @@ class Compressed(Strategy):
         check_outermost(self)
         LOGGER.info("\t├──> Compressed links around %s:", type(self.inner).__name__)
         LOGGER.info("\t├──> %s", self._links.bounds.describe())
+        for setting in (self._broadcaster.ranks, self._broadcaster.upload):
+            if setting is not None:
+                LOGGER.info("\t├──> %s", setting.describe())
         self.inner.summary()
 
     def start(

@@ -36,6 +36,8 @@ class ComPEFTTies(ComPEFTStrategy):
     Source: Yadav et al., https://arxiv.org/abs/2306.01708.
     """
 
+    _weighs_cover = False  # what a node does not have takes no part in the election
+
     def __init__(
         self,
         *,

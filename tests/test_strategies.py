@@ -196,11 +196,11 @@ def test_an_unexpected_error_stops_no_round(caplog, monkeypatch):
     """What a mistake of this program would do: the reply is set aside, the traceback is logged."""
     strategy, calls = ComPEFTAverage(fraction_evaluate=0.0), []
 
-    def read(self, blob):
+    def read(self, blob, said=0):
         calls.append(blob)
         if len(calls) == 2:
             raise RecursionError("a mistake")
-        return cf.decode(blob[0], layout=self.layout)
+        return cf.decode(blob[0], layout=self.layout), None
 
     monkeypatch.setattr("compeft_fl.server.base.Base.read", read)
     start(strategy, grid_of(CompressionMod()))

@@ -17,6 +17,7 @@ from compeft_fl.adapters.folders import (
     require_torch,
     save_folder,
 )
+from compeft_fl.adapters.lora_ranks import cut_folder, lora_settings
 from compeft_fl.adapters.starts import Start, start_of, task_vector
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "Start",
     "StoredUpdate",
     "check_output",
+    "cut_folder",
     "load_folder",
     "load_peft_state",
+    "lora_settings",
     "open_folder",
     "parse_config",
     "peft_state",

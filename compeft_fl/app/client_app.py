@@ -15,7 +15,9 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.node_keys import link_of, of_rank, rank_of, same_run, tensor_rules
 from compeft_fl.client.mod import CompressionMod
+from compeft_fl.codecs.auto import AUTO
 from compeft_fl.exchange.records import to_arrays, to_state
 
 if TYPE_CHECKING:
@@ -43,8 +45,10 @@ def compression(
         error_feedback=config.error_feedback,
         residual_decay=config.residual_decay,
         codec=config.codec,
-        link_mbps=config.link_mbps,
+        link_mbps=_link(config, context),
         initial_adapter=_initial_adapter,
+        tensors=tensor_rules(config),
+        rank=rank_of(config, context.node_config) or None,
     )
     return mod(message, context, call_next)
 
@@ -58,7 +62,7 @@ def train(message: Message, context: Context) -> Message:
     from compeft_fl.app.tasks.base import round_seed
 
     config = AppConfig.from_run_config(context.run_config)
-    task = _prepare(config).task
+    task = _prepare(of_rank(config, rank_of(config, context.node_config))).task
     task.check_base(_told(message, BASE_KEY))
     rows = task.node_rows(context.node_config)
     _load(task, message)
@@ -80,7 +84,8 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the received adapter on the node's own rows."""
-    task = _prepare(AppConfig.from_run_config(context.run_config)).task
+    config = AppConfig.from_run_config(context.run_config)
+    task = _prepare(of_rank(config, rank_of(config, context.node_config))).task
     task.check_base(_told(message, BASE_KEY))
     rows = task.node_rows(context.node_config)
     _load(task, message)
@@ -98,29 +103,49 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a process keeps between messages: it is the same for every node of the run."""
+    """What a process keeps between messages: it is the same for every node of a rank."""
 
     config: AppConfig
     task: Task
     start: Mapping[str, NDArray[Any]]  # the adapter that the seed gives
 
 
-_prepared: list[_Prepared] = []
+_prepared: list[_Prepared] = []  # of one run, by rank
+_starts: list[tuple[AppConfig, Mapping[str, NDArray[Any]]]] = []  # of one run with several ranks
 
 
 def _prepare(config: AppConfig) -> _Prepared:
-    """Return the task of this configuration, built by the process's first message."""
-    if not _prepared or _prepared[0].config != config:
-        from compeft_fl.app import tasks
+    """Return the task of this configuration, built by the first message that needs it."""
+    if _prepared and not same_run(_prepared[0].config, config):
+        _prepared.clear()
+    found = next((each for each in _prepared if each.config == config), None)
+    if found is None:
+        found = _build(config)
+        _prepared.append(found)
+    return found
 
-        task = tasks.prepare(config)
-        _prepared[:] = [_Prepared(config, task, task.adapter_state())]
-    return _prepared[0]
+
+def _build(config: AppConfig) -> _Prepared:
+    from compeft_fl.app import tasks
+
+    task = tasks.prepare(config)
+    return _Prepared(config, task, task.adapter_state())
 
 
 def _initial_adapter(context: Context) -> Mapping[str, NDArray[Any]]:
-    """Return the adapter that this node makes of the seed, as the server does."""
-    return _prepare(AppConfig.from_run_config(context.run_config)).start
+    """Return the adapter that this node makes of the seed, as the server does: all ranks of it."""
+    config = AppConfig.from_run_config(context.run_config)
+    if of_rank(config, rank_of(config, context.node_config)) == config:
+        return _prepare(config).start
+    if not _starts or _starts[0][0] != config:  # of a model that this node will not need again
+        _starts[:] = [(config, _build(config).start)]
+    return _starts[0][1]
+
+
+def _link(config: AppConfig, context: Context) -> float | None:
+    """Return the speed of this node's link, as far as the run says it."""
+    link = link_of(config, context.node_config)
+    return config.link_mbps if link is None and config.codec == AUTO else link
 
 
 def _load(task: Task, message: Message) -> None:

@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 from compeft_fl import codecs
-from compeft_fl.app.config_values import Scalar, checked, json_object, shown, suggestion
+from compeft_fl.app.config_values import Key, Scalar, checked, json_object, shown, suggestion
 from compeft_fl.app.config_values import key as _key
+from compeft_fl.app.node_keys import TRAINABLE, check_nodes
 from compeft_fl.app.tasks import TASKS
 from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
@@ -46,31 +47,6 @@ _PEFT_HELP: Final[Mapping[str, str]] = MappingProxyType(
         "feedforward_modules": "IA3's feed-forward modules, by comma; empty: PEFT's own choice",
     }
 )
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key as a person sees it.
-
-    Parameters
-    ----------
-    name : str
-        The key as it is written in a file or on the command line.
-    kind : str
-        ``"text"``, ``"integer"``, ``"number"``, ``"true or false"`` or ``"rule or number"``.
-    default : Scalar
-        What holds where nothing else is said.
-    help : str
-        One line.
-    choices : tuple of str
-        The values that are taken; empty where any value of the kind is.
-    """
-
-    name: str
-    kind: str
-    default: Scalar
-    help: str
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +139,20 @@ class AppConfig:
     peft: Mapping[str, Scalar] = dataclasses.field(default_factory=lambda: _PEFT_DEFAULTS)
     peft_options: str = _key("", "any further options of the PEFT method, as a JSON object")
 
+    trainable: str = _key(
+        "all",
+        "what of LoRA is trained and sent: all, or B alone, where A stays as the seed made it",
+        choices=TRAINABLE,
+    )
+    ranks: str = _key(
+        "", "ranks of nodes by tier, as 2,4,8, the largest of them peft.r; empty: all have peft.r"
+    )
+    rank_merge: str = _key(
+        "cover",
+        "how ranks merge: an entry by the nodes that have it, or the products B A by an SVD",
+        choices=("cover", "product"),
+    )
+
     learning_rate: float = _key(5e-3, "AdamW's learning rate", above=0)
     schedule: str = _key(
         "constant",
@@ -237,6 +227,16 @@ class AppConfig:
         10.0, "speed of a node's link in Mbit/s, by which codec auto chooses", above=0
     )
 
+    links: str = _key(
+        "", "speeds of nodes' links by tier in Mbit/s, as 1,10,100; empty: of the node configs"
+    )
+    upload_seconds: float = _key(
+        0.0, "time within which each node's upload is to end, by its density; 0: density", low=0
+    )
+    upload_tiers: str = _key(
+        "", "densities for that, and from 2 on bits a parameter, by comma; empty: the usual ones"
+    )
+
     downlink: str = _key(
         "compressed",
         "what goes down: the change of the global adapter, compressed, or all of it",
@@ -301,6 +301,7 @@ class AppConfig:
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
         _check_strategy(self.strategy, self.server_learning_rate != 1 or self.server_momentum > 0)
         self.trackers()
+        check_nodes(self)
         json_object("peft-options", self.peft_options)
         json_object("strategy-options", self.strategy_options)
 

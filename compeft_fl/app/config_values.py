@@ -9,18 +9,44 @@ import math
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import printable
 from compeft_fl.reduction import AUTO
 
-__all__ = ["Scalar", "checked", "json_object", "key", "shown", "suggestion"]
+__all__ = ["Key", "Scalar", "checked", "json_object", "key", "shown", "suggestion"]
 
 Scalar: TypeAlias = bool | int | float | str
 """What Flower takes as the value of a key."""
 
 SCALE_RULES: Final = ("mean", "norm")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key as a person sees it.
+
+    Parameters
+    ----------
+    name : str
+        The key as it is written in a file or on the command line.
+    kind : str
+        ``"text"``, ``"integer"``, ``"number"``, ``"true or false"`` or ``"rule or number"``.
+    default : Scalar
+        What holds where nothing else is said.
+    help : str
+        One line.
+    choices : tuple of str
+        The values that are taken; empty where any value of the kind is.
+    """
+
+    name: str
+    kind: str
+    default: Scalar
+    help: str
+    choices: tuple[str, ...] = ()
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

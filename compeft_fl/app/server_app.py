@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,12 +18,14 @@ from compeft_fl.app import tasks
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.client_app import BASE_KEY
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
+from compeft_fl.app.node_keys import ranks_of, tensor_rules, tiers_of
 from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
 from compeft_fl.results.journal import PROGRESS_FILE, Journal
 from compeft_fl.results.report import TASK_MARK
 from compeft_fl.results.trackers import Trackers, check_installed
 from compeft_fl.server.checkpoint import alone_in
+from compeft_fl.tensor_policy import LEFT, TensorPolicy
 
 if TYPE_CHECKING:
     from compeft_fl.app.evaluation import Harness
@@ -69,7 +72,9 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     task.check()
     asked.check(task)
     state = task.adapter_state()
-    journal.begin(sum(value.size for value in state.values()))
+    policy = TensorPolicy(tensor_rules(config))
+    trained = [name for name in state if policy.rule(name) != LEFT]
+    journal.begin(sum(state[name].size for name in trained))
     LOGGER.info("results go to %s", journal.folder)
 
     trackers = Trackers(config.trackers(), journal.folder, config.to_run_config())
@@ -107,6 +112,8 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
         failure = error
     record = journal.record()
     task.save(journal.folder / "adapter", record)  # it holds what was scored last
+    for rank in sorted({*ranks_of(config)}):  # and what nodes of each rank have of it
+        _save_of_rank(journal.folder, rank)
     trackers.close()
     report.write(journal.folder, record)
     if failure is not None:
@@ -173,19 +180,46 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     )
     if config.strategy.startswith(COMPRESSED_PREFIX):
         inner = _inner(config, sampling)
-        return strategies.Compressed(inner, observer=observer, downlink=downlink)
+        return strategies.Compressed(
+            inner, observer=observer, downlink=downlink, **_node_options(config)
+        )
     options: dict[str, Any] = {
         **sampling,
         "observer": observer,
         "downlink": downlink,
         "server_learning_rate": config.server_learning_rate,
         "server_momentum": config.server_momentum,
+        **_node_options(config),
     }
     if config.strategy == "task-arithmetic":
         return strategies.ComPEFTTaskArithmetic(scaling=config.scaling, **options)
     if config.strategy == "ties":
         return strategies.ComPEFTTies(scaling=config.scaling, tie=config.tie, **options)
     return strategies.ComPEFTAverage(**options)
+
+
+def _node_options(config: AppConfig) -> dict[str, Any]:
+    """Return the keywords of a strategy by which nodes differ."""
+    found: dict[str, Any] = {"tensors": tensor_rules(config)}
+    if ranks := ranks_of(config):
+        found["ranks"] = strategies.MixedRanks(ranks, config.rank_merge)
+    if config.upload_seconds:
+        tiers = tiers_of(config)
+        given: dict[str, Any] = {"tiers": tiers} if tiers else {}
+        if isinstance(config.density, float):  # and not "auto"
+            given["start"] = config.density
+        found["upload"] = strategies.UploadBudget(config.upload_seconds, **given)
+    return found
+
+
+def _save_of_rank(folder: Path, rank: int) -> None:
+    """Write the adapter of a node of a rank, and the head beside it."""
+    from compeft_fl.adapters import cut_folder
+
+    whole, part = folder / "adapter", folder / "adapters" / f"rank-{rank}"
+    cut_folder(whole, rank, part, force=True)
+    for file in whole.glob("head.*"):
+        shutil.copyfile(file, part / file.name)
 
 
 def _inner(config: AppConfig, sampling: dict[str, Any]) -> Strategy:

@@ -19,26 +19,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from compeft_fl import codecs
 from compeft_fl.client.changes import Received, changes_in
+from compeft_fl.client.incoming import (
+    carried_version,
+    check_ranks,
+    expand_incoming,
+    followed,
+    link_of,
+    rank_of_node,
+    settled,
+    start_apart,
+    version_of,
+    whole,
+)
 from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.client.privacy import Privacy, check_order, within_bound
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
-from compeft_fl.errors import CompeftError, ParameterError, ResyncError, StateError
-from compeft_fl.exchange.carried import Apart, follow_apart
+from compeft_fl.errors import CompeftError, ParameterError, ResyncError
+from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
-from compeft_fl.exchange.protocol import (
-    UNKNOWN,
-    Answer,
-    Offer,
-    follow,
-    settle,
-    update_id,
-)
+from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer, follow, update_id
 from compeft_fl.exchange.records import (
     CARRIED_KEY,
     EXCHANGE_KEY,
@@ -48,21 +53,21 @@ from compeft_fl.exchange.records import (
     carried_record,
     find_carried,
     find_offer,
-    find_update,
-    to_arrays,
-    unflatten,
     update_record,
 )
 from compeft_fl.exchange.replica import Shipment
 from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay, within
 from compeft_fl.quality import Quality
+from compeft_fl.ranks import check_rank
+from compeft_fl.rates import Rate
 from compeft_fl.reduction import ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.tensor_policy import TensorPolicy
-from compeft_fl.wire.messages import MAX_BODY_BYTES, decode_parts, encode_parts, inspect
+from compeft_fl.wire.messages import MAX_BODY_BYTES, RANK_KEY, encode_parts
 
 __all__ = ["CompressionMod"]
 
+_OWN_RATE = Rate()  # the server says nothing of density
 _MOD_FAILED_PRECONDITION = 6  # Flower's ErrorCode for mods, which it does not export
 
 CallNext = Callable[[Message, Context], Message]
@@ -108,11 +113,12 @@ class CompressionMod:
         `compeft_fl.factorize`. With density "auto" it is the codec of those updates that are
         ternary.
     link_mbps : float, optional
-        The speed of this node's link in Mbit/s, for codec "auto" alone.
+        The speed of this node's link in Mbit/s, for codec "auto", and for a server that gives each
+        node a density by its link; the node config's ``link-mbps`` is before it.
     initial_adapter : callable, optional
-        Takes the Context, gives the adapter that the federation starts from (names to arrays), as
-        this node makes it by itself, from the seed. Where it is the server's, bit for bit, nothing
-        is sent at first contact.
+        Takes the Context, gives the adapter that the federation starts from (names to arrays, all
+        ranks of it), as this node makes it by itself, from the seed. Where it is the server's, bit
+        for bit, nothing is sent at first contact.
     tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
         Patterns of names of this node's own, above all of its personal tensors, which it does not
         send (``{"head.*": "left"}``). What is trained and what is carried, the server's strategy
@@ -120,6 +126,10 @@ class CompressionMod:
     state_dir : path, optional
         The state folder. Default: the node config's ``state-dir``, then the environment's
         ``COMPEFT_FL_STATE_DIR``, then ``~/.local/state/compeft_fl``.
+    rank : int or callable, optional
+        The rank of the adapter that this node trains, or what gives it for a Context, where nodes
+        are of several ranks: see `compeft_fl.strategies.MixedRanks`. Default: the node config's
+        ``lora-rank``; where there is none, all of the server's.
 
     Raises
     ------
@@ -158,6 +168,7 @@ class CompressionMod:
         initial_adapter: Callable[[Context], Mapping[str, Any]] | None = None,
         tensors: TensorPolicy | Mapping[str, str] | None = None,
         state_dir: str | Path | None = None,
+        rank: int | Callable[[Context], int | None] | None = None,
     ) -> None:
         self.reduction = Reduction(density, scale, support, codec == "factored", energy)
         check_decay(residual_decay)
@@ -172,6 +183,9 @@ class CompressionMod:
         self.tensors = TensorPolicy.of(tensors)
         self._left: list[str] = []  # what the log has named
         self._state_dir = state_dir
+        if rank is not None and not callable(rank):
+            check_rank(rank)
+        self.rank = rank
 
     def __call__(self, msg: Message, context: Context, call_next: CallNext) -> Message:
         """Handle one message; Flower calls this.
@@ -201,26 +215,42 @@ class CompressionMod:
         offer: Offer, key: str, shipment: Shipment,
     ) -> Message:  # fmt: skip
         """A message of a server that knows what this node has."""
-        trains = _trains(msg)
-        state, kept = memory.state, _version(memory.state)
-        carried = _carried_version(memory.state)
+        began, trains = time.perf_counter(), _trains(msg)
+        rank = rank_of_node(self.rank, context)
+        check_ranks(rank, offer)
+        kept_state = state = memory.state.of_rank(rank)
+        kept, carried = version_of(state), carried_version(state)
         decoding, building = _Watch(), _Watch()
+
+        def start() -> TaskVector:
+            if self._initial_adapter is None:
+                raise ResyncError("this node has no adapter of this federation")
+            with building:
+                made = dict(self._initial_adapter(context))
+                return TaskVector.from_dict(made if apart is None else apart.trained(made))
+
+        def start_beside() -> Apart | None:
+            with building:
+                return start_apart(self._initial_adapter, context, self.tensors, max(offer.rank, 0))
+
         try:
             with decoding:
-                apart = _followed(state, offer, find_carried(msg.content))
-                replica = follow(
-                    state, offer, shipment, lambda: self._initial(context, building, apart)
-                )
+                apart = followed(state, offer, find_carried(msg.content), start_beside)
+                makes = None if self._initial_adapter is None else start
+                replica = follow(state, offer, shipment, makes, rank)
+                if apart is not None and rank and rank != offer.rank:
+                    apart = apart.cut(rank)
             if trains or offer.taken != UNKNOWN:  # what is settled is smaller on disk
-                state = _settled(state, offer)
+                state = settled(state, offer)
         except ResyncError as error:
             LOGGER.info("CompressionMod: asks for what it lacks: %s", error)
-            last = memory.state.trained, memory.state.taken
-            answer = answer_record(Answer(kept, *last, resync=str(error), carried=carried))
-            return Message(RecordDict({EXCHANGE_KEY: answer}), reply_to=msg)
+            answer = Answer(
+                kept, state.trained, state.taken, resync=str(error), carried=carried, rank=rank
+            )
+            return Message(RecordDict({EXCHANGE_KEY: answer_record(answer)}), reply_to=msg)
         state = state.following(replica, apart)
 
-        arrays = _whole(TaskVector(replica.layout, replica.values), apart)
+        arrays = whole(TaskVector(replica.layout, replica.values), apart)
         received = Received({key: dict(arrays)}, replica.layout, offer.version, apart)
         # A content of its own: in one process, several nodes' messages can share theirs.
         ours = EXCHANGE_KEY, CARRIED_KEY
@@ -229,7 +259,7 @@ class CompressionMod:
         privacy = Privacy.of(msg, call_next, self.error_feedback) if trains else Privacy()
         reply = call_next(msg, context)
         if reply.has_error():
-            memory.save(memory.state.following(replica, apart))
+            memory.save(kept_state.following(replica, apart))
             return reply
         encoding, sent, quality = _Watch(), NO_UPDATE, None
         if msg.metadata.message_type.partition(".")[0] == "evaluate":
@@ -237,18 +267,27 @@ class CompressionMod:
         if trains and array_records(reply.content):
             with encoding:
                 state, quality = self._compress_outgoing(
-                    received, reply, state, offer.version, privacy, offer.version - kept
+                    received,
+                    reply,
+                    state,
+                    offer.version,
+                    privacy,
+                    offer.version - kept,
+                    Rate(offer.density, offer.bits),
                 )
             sent = state.trained
         if offer.last and not trains:  # training again may need what it keeps
             memory.forget()
             kept, carried = NOTHING, NOTHING
         elif memory.save(state):
-            kept, carried = replica.version, _carried_version(state)
+            kept, carried = replica.version, carried_version(state)
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
         figures = None if quality is None else (quality.cosine, quality.relative_error)
-        told = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures)
+        told = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures, rank=rank)
+        if offer.times:
+            link, work = link_of(self.link_mbps, context), time.perf_counter() - began
+            told = replace(told, work=work, link=link)
         reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer_record(told)})
         return reply
 
@@ -256,7 +295,8 @@ class CompressionMod:
         self, msg: Message, context: Context, call_next: CallNext, memory: NodeMemory
     ) -> Message:
         """A message of a stock strategy, or one Update that says all."""
-        received = _expand_incoming(msg)
+        check_ranks(rank_of_node(self.rank, context), None)
+        received = expand_incoming(msg)
         privacy = Privacy.of(msg, call_next, self.error_feedback) if _trains(msg) else Privacy()
         reply = call_next(msg, context)
         if not _trains(msg) or reply.has_error() or not array_records(reply.content):
@@ -276,18 +316,22 @@ class CompressionMod:
 
     def _compress_outgoing(
         self, received: Received, reply: Message, state: NodeState, version: int, privacy: Privacy,
-        absence: int = 1,
+        absence: int = 1, rate: Rate = _OWN_RATE,
     ) -> tuple[NodeState, Quality | None]:  # fmt: skip
         """Replace the trained arrays by the Update that they are; the state with what is left."""
         changes = changes_in(reply, received, self.tensors)
         self._say_left(changes.left)
         tau, residual, quality = changes.tau, None, None
-        reduction = self.reduction.after(version, absence)
         bound = privacy.left_for(changes.carried_norm)
+        # Finer updates are not made for a bound on their norm.
+        bounded = not (privacy.feedback and math.isinf(bound))
+        reduction = self.reduction.after(version, absence).at(rate, ternary=bounded)
         if self._sends_dense:
+            if rate != _OWN_RATE:
+                _say_once(f"codec {self.codec!r} sends all; the server's density does not hold")
             codec = codecs.get(self.codec)
             assert isinstance(codec, Dense)
-            parts = self._encode(within_bound(tau, bound, codec), version)
+            parts = self._encode(within_bound(tau, bound, codec), version, state.rank)
         elif privacy.feedback:
             fits = state.layout in {None, tau.layout}
             if not fits:
@@ -296,14 +340,14 @@ class CompressionMod:
                 reduction, state.residual if fits else None, self.residual_decay
             )
             update: Update = feedback.compress(tau, bound)
-            parts = self._encode(update, version)
+            parts = self._encode(update, version, state.rank)
             residual = feedback.residual
             if math.isinf(bound):  # figures of what was not made private are not for others
                 quality = feedback.quality
             _log_pressure(feedback)
         else:
             update = within(reduction(tau), bound)
-            parts = self._encode(update, version)
+            parts = self._encode(update, version, state.rank)
         content = {**reply.content, changes.key: update_record(parts, tau.num_parameters)}
         if changes.carried is not None:
             content[CARRIED_KEY] = carried_record(changes.carried)
@@ -314,22 +358,16 @@ class CompressionMod:
         state = replace(state, layout=tau.layout).after_training(update_id(parts), residual)
         return state, quality
 
-    def _encode(self, update: Update, version: int) -> list[bytes]:
+    def _encode(self, update: Update, version: int, rank: int) -> list[bytes]:
         return encode_parts(
             update,
             auto.codec_of(update, self.codec),
             link_mbps=self.link_mbps,
             layout_by_id=True,
             base_version=version,
+            metadata={RANK_KEY: str(rank)} if rank else None,
             max_body_bytes=MAX_BODY_BYTES,
         )
-
-    def _initial(self, context: Context, watch: _Watch, apart: Apart | None) -> TaskVector:
-        if self._initial_adapter is None:
-            raise ResyncError("this node has no adapter of this federation")
-        with watch:
-            state = dict(self._initial_adapter(context))
-            return TaskVector.from_dict(state if apart is None else apart.trained(state))
 
     def _say_left(self, names: list[str]) -> None:
         """One line in the log about tensors that are not sent, and not in each round."""
@@ -394,53 +432,6 @@ def _say_once(line: str) -> None:
     if line not in _said:
         _said.add(line)
         LOGGER.warning("CompressionMod: %s", line)
-
-
-def _version(state: NodeState) -> int:
-    return NOTHING if state.replica is None else state.replica.version
-
-
-def _carried_version(state: NodeState) -> int:
-    return NOTHING if state.apart is None else state.apart.version
-
-
-def _followed(state: NodeState, offer: Offer, blob: bytes | None) -> Apart | None:
-    """The tensors beside the task vector at the offer's version; None: it says of none."""
-    if offer.carried == NOTHING:
-        return None
-    return follow_apart(state.apart, blob, offer.carried, offer.carried_digest)
-
-
-def _whole(adapter: TaskVector, apart: Apart | None) -> ArrayRecord:
-    """What the ClientApp sees: a flat adapter, and the tensors beside it, in their order."""
-    trained = unflatten(adapter)
-    return to_arrays(trained if apart is None else apart.whole(trained))
-
-
-def _settled(state: NodeState, offer: Offer) -> NodeState:
-    """See `settle`; a state that lost what was left to send goes on without."""
-    try:
-        return settle(state, offer)
-    except StateError as error:
-        LOGGER.warning("CompressionMod: the residual is dropped: %s", error)
-        return state.without_residual(offer.taken)
-
-
-def _expand_incoming(msg: Message) -> Received:
-    """Replace an Update that says all by the arrays that it stands for."""
-    found = find_update(msg.content)
-    if found is None:
-        # Copies of the records: a ClientApp may empty those that it gets.
-        plain = {key: dict(record) for key, record in array_records(msg.content).items()}
-        return Received(plain, None, 0)
-    key, parts = found
-    header, adapter = inspect(parts[0]), decode_parts(parts).to_task_vector()
-    blob = find_carried(msg.content)
-    apart = None if blob is None else Apart.from_bytes(blob, header.base_version)
-    arrays = _whole(adapter, apart)
-    others = {name: record for name, record in msg.content.items() if name != CARRIED_KEY}
-    msg.content = RecordDict({**others, key: arrays})
-    return Received({key: dict(arrays)}, adapter.layout, header.base_version, apart)
 
 
 def _failure(msg: Message, error: CompeftError) -> Message:

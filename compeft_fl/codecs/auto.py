@@ -74,6 +74,9 @@ def check(codec: str, link_mbps: float | None) -> None:
 def codec_of(update: Update, codec: str) -> str:
     """The codec of an update whose form was chosen by energy; ``codec`` is that of ternary ones.
 
+    What is neither ternary nor low-rank signs was rounded to a power of two, and goes as steps,
+    unless ``codec`` is a dense one.
+
     Examples
     --------
     >>> from compeft_fl import TaskVector
@@ -82,7 +85,14 @@ def codec_of(update: Update, codec: str) -> str:
     >>> codec_of(update, "golomb")
     'factored'
     """
-    return "factored" if isinstance(update, FactoredVector) else codec
+    if isinstance(update, FactoredVector):
+        return "factored"
+    from compeft_fl import codecs
+    from compeft_fl.codecs.dense import Dense
+    from compeft_fl.ternary import TernaryVector
+
+    dense = codec != AUTO and isinstance(codecs.get(codec), Dense)
+    return codec if dense or isinstance(update, TernaryVector) else "steps"
 
 
 def choose(update: Update, codec: str, link_mbps: float | None = None) -> str:

@@ -52,6 +52,7 @@ class Steps(Codec):
                 "expected multiples below 2^24 of one power of two for codec 'steps', "
                 "found values that are none"
             )
+        exponent = min(exponent, HIGHEST)  # of powers of two beyond 2^104
         values, count = np.ascontiguousarray(values), int(np.count_nonzero(values))
         code = cpu_steps.write_code(values, exponent, matrices(update.layout, start, stop), count)
         if code is None:

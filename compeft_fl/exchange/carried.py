@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError, NonFiniteError, ResyncError
 from compeft_fl.merging.carried import same
+from compeft_fl.ranks import AXES, leading, rank_axis
 from compeft_fl.tensor_policy import LEFT, TRAINED, TensorPolicy, is_variance
 
 __all__ = ["Apart", "Place", "Versions", "check_like", "follow_apart"]
@@ -161,6 +162,20 @@ class Apart:
         """The same places with other values; for names that are not given, the same values."""
         return Apart(self.places, self.wide, {**self.values, **values}, self.version)
 
+    def cut(self, rank: int, axes: Mapping[str, int] = AXES) -> Apart:
+        """The part of a lower rank: factors among the values are cut to it.
+
+        Raises
+        ------
+        LayoutError
+            See `compeft_fl.ranks.rank_axis`.
+        """
+        values = {}
+        for name, value in self.values.items():
+            axis = rank_axis(name, value.shape, axes)
+            values[name] = value if axis is None else leading(value, axis, rank)
+        return replace(self, values=values)
+
     def to_bytes(self, names: Iterable[str] | None = None) -> bytes:
         """Some of the values; None: all, and the plan."""
         from safetensors.numpy import save
@@ -255,7 +270,9 @@ class Versions:
         self.apart = apart
         self.digest = apart.digest
         self._changed = dict.fromkeys(apart.values, 0)  # the version in which each did last
-        self._blobs: dict[int | None, bytes] = {}  # of this version, by what the node has
+        # Of this version, by the rank of the node (0: all), and by what it has:
+        self._cuts: dict[int, tuple[Apart, bytes]] = {}
+        self._blobs: dict[tuple[int, int | None], bytes] = {}
 
     def advance(self, apart: Apart) -> None:
         """Make a version of other values, where any is another.
@@ -276,18 +293,28 @@ class Versions:
         self._changed |= dict.fromkeys(changed, self.version)
         self.apart, self.digest = apart, apart.digest
         self._blobs.clear()
+        self._cuts.clear()
 
-    def lacking(self, version: int) -> bytes | None:
+    def of_rank(self, rank: int, axes: Mapping[str, int] = AXES) -> tuple[Apart, bytes]:
+        """What a node of a rank holds, and its digest; 0: all."""
+        if not rank:
+            return self.apart, self.digest
+        if rank not in self._cuts:
+            cut = self.apart.cut(rank, axes)
+            self._cuts[rank] = cut, cut.digest
+        return self._cuts[rank]
+
+    def lacking(self, version: int, rank: int = 0, axes: Mapping[str, int] = AXES) -> bytes | None:
         """What a node at ``version`` needs, None: nothing; all for a version that never was."""
         if not self.apart or version == self.version:
             return None
         known = version if 0 <= version < self.version else None
-        if known not in self._blobs:
+        if (rank, known) not in self._blobs:
             names = None
             if known is not None:
                 names = [name for name, changed in self._changed.items() if changed > known]
-            self._blobs[known] = self.apart.to_bytes(names)
-        return self._blobs[known]
+            self._blobs[rank, known] = self.of_rank(rank, axes)[0].to_bytes(names)
+        return self._blobs[rank, known]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, beside the values, for `restore`."""
@@ -300,6 +327,7 @@ class Versions:
             self.version = int(state["version"])
             self._changed = {str(name): int(version) for name, version in changed.items()}
         self._blobs.clear()
+        self._cuts.clear()
 
 
 def check_like(state: State, wanted: State) -> None:

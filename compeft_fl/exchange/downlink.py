@@ -201,7 +201,7 @@ class Downlink:
             if (delta.num_terms or delta.rest is not None) and reached < self.grid.limit:
                 return delta
             delta = replace(self.reduction, density=_INSTEAD, factored=False)(tau)
-            assert isinstance(delta, TernaryVector)
+        assert isinstance(delta, TernaryVector)  # no bits are asked for here
         scale = float(delta.scales[0]) if delta.scales.size else 0.0
         if not delta.num_nonzeros or not scale:
             return delta

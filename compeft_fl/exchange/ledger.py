@@ -11,8 +11,8 @@
   lacks.
 - ``parameters``: of the adapter that the message is about, those that are trained; 0 for one that
   is about none.
-- ``raw_bytes``: what it takes with dense float32 arrays, and with carried tensors as they are; 0
-  for a resync, which a dense exchange does not have.
+- ``raw_bytes``: what it takes with dense float32 arrays, and with carried tensors as they are,
+  without those that are left to the nodes; 0 for a resync, which a dense exchange does not have.
 - ``payload_bytes``: the Updates in it and the tensors carried beside them, or the arrays where
   there is no Update.
 - ``message_bytes``: what Flower serialises: every record of the message and its metadata. 0 for an
@@ -24,6 +24,11 @@
 - ``node_decode_seconds``: of a reply: how long the node took to decode the message that it answers.
 - ``cosine``, ``relative_error``: of a reply with an Update: how much the node says that it keeps of
   what was compressed, the task vector and the residual.
+- ``rank``: of a reply: that of the node's adapter; empty where it has all of the server's.
+- ``density``: of a reply with an Update: the share of its entries that are not 0.
+- ``link_mbps``, ``transfer_seconds``: of a reply, where the server gives each node a density by its
+  link: the link's speed in Mbit/s, as stated or seen, and the seconds between request and reply
+  less those that the node says it worked.
 
 Times of nodes come with their replies, to three digits, in 13 bytes; so do these two.
 
@@ -43,10 +48,11 @@ from typing import Any, Final
 from compeft_fl.disk.lines import Lines
 from compeft_fl.exchange.records import LOGGER
 
-__all__ = ["LEDGER_FILE", "Ledger", "RoundTotals", "Transfer", "read_ledger"]
+__all__ = ["LEDGER_FILE", "Ledger", "NodeTotals", "RoundTotals", "Transfer", "read_ledger"]
 
 LEDGER_FILE: Final = "ledger.csv"
 _LONGEST_HEAD: Final = 4096
+_MOST_NODES: Final = 1000  # that are summed up one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,10 @@ class Transfer:
     node_decode_seconds: float | None = None
     cosine: float | None = None
     relative_error: float | None = None
+    rank: int | None = None
+    density: float | None = None
+    link_mbps: float | None = None
+    transfer_seconds: float | None = None
 
 
 _SUMMED: Final = (
@@ -123,6 +133,47 @@ class RoundTotals:
             self.relative_error += transfer.relative_error
 
 
+@dataclass
+class NodeTotals:
+    """The replies of one node with an Update, summed: what differs between nodes.
+
+    Attributes
+    ----------
+    updates : int
+    payload_bytes : int
+    density : float
+    rank : int or None
+    link_mbps, transfer_seconds : float or None
+        Of the last of them.
+    """
+
+    updates: int = 0
+    payload_bytes: int = 0
+    density: float = 0.0
+    rank: int | None = None
+    link_mbps: float | None = None
+    transfer_seconds: float | None = None
+
+    def add(self, transfer: Transfer) -> None:
+        """Count a reply."""
+        self.updates += 1
+        self.payload_bytes += transfer.payload_bytes
+        self.density += transfer.density or 0.0
+        self.rank = transfer.rank
+        self.link_mbps, self.transfer_seconds = transfer.link_mbps, transfer.transfer_seconds
+
+    def summary(self) -> dict[str, Any]:
+        """As ``summary.json`` has it: means, but for the rank and the link."""
+        return {
+            "rank": self.rank,
+            "updates": self.updates,
+            "payload_bytes": self.payload_bytes,
+            "density": round(self.density / max(1, self.updates), 6),
+            "link_mbps": self.link_mbps,
+            "transfer_seconds": self.transfer_seconds,
+        }
+
+
 class Ledger:
     """Writes ``ledger.csv``, and sums it by round; the memory does not grow with the messages.
 
@@ -135,6 +186,8 @@ class Ledger:
     ----------
     attempt : int
     totals : dict of (round, direction) to RoundTotals
+    nodes : dict of int to NodeTotals
+        By node id, of at most 1,000 nodes.
 
     Examples
     --------
@@ -149,6 +202,7 @@ class Ledger:
         self.path = folder / LEDGER_FILE
         self.attempt = 1
         self.totals: dict[tuple[int, str], RoundTotals] = {}
+        self.nodes: dict[int, NodeTotals] = {}
         self._lines = Lines(self.path, LOGGER)
         self._has_head = False
         try:
@@ -189,6 +243,7 @@ class Ledger:
             [self.totals[each] for each in ((r, "down"), (r, "up")) if each in self.totals]
             for r in range(1, last + 1)
         ]
+        found["by_node"] = {str(node): each.summary() for node, each in self.nodes.items()}
         found["started"] = [min((t.started for t in each), default=0.0) for each in both]
         found["ended"] = [max((t.ended for t in each), default=0.0) for each in both]
         return found
@@ -196,6 +251,9 @@ class Ledger:
     def _count(self, transfer: Transfer) -> None:
         where = transfer.round, transfer.direction
         self.totals.setdefault(where, RoundTotals()).add(transfer)
+        known = transfer.node in self.nodes or len(self.nodes) < _MOST_NODES
+        if transfer.direction == "up" and transfer.parameters and known:
+            self.nodes.setdefault(transfer.node, NodeTotals()).add(transfer)
 
     def _go_on(self) -> None:
         """Sum up what there is, as attempts before this one."""
@@ -264,6 +322,10 @@ def _transfer_of(row: dict[str, str]) -> Transfer:
         node_decode_seconds=_seconds(row["node_decode_seconds"]),
         cosine=_seconds(row["cosine"]),
         relative_error=_seconds(row["relative_error"]),
+        rank=int(row["rank"]) if row["rank"] else None,
+        density=_seconds(row["density"]),
+        link_mbps=_seconds(row["link_mbps"]),
+        transfer_seconds=_seconds(row["transfer_seconds"]),
     )
 
 

@@ -23,6 +23,7 @@ from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.replica import Replica
+from compeft_fl.ranks import MAX_RANK
 from compeft_fl.task_vector import Layout, TensorSpec
 
 __all__ = [
@@ -62,6 +63,8 @@ class NodeState:
         The id of the last update; `NO_UPDATE` if its fate is known.
     apart : Apart or None
         The tensors beside the task vector, at their version; None: there are none.
+    rank : int
+        Of the adapter, where it is a part of the server's (`compeft_fl.ranks`); 0: it is all of it.
     """
 
     layout: Layout | None = None
@@ -71,6 +74,7 @@ class NodeState:
     next_residual: Residual = None
     trained: bytes = NO_UPDATE
     apart: Apart | None = None
+    rank: int = 0
 
     def settled(self, taken: bytes) -> NodeState:
         """The state once the server has said which update it took last; `NO_UPDATE`: none.
@@ -100,7 +104,7 @@ class NodeState:
         if replica is self.replica and apart is self.apart:
             return self
         if self.layout not in {None, replica.layout}:
-            return NodeState(replica.layout, replica, apart=apart)
+            return NodeState(replica.layout, replica, apart=apart, rank=self.rank)
         return replace(self, layout=replica.layout, replica=replica, apart=apart)
 
     def after_training(self, update: bytes, next_residual: Residual) -> NodeState:
@@ -109,7 +113,11 @@ class NodeState:
 
     def without_residual(self, taken: bytes) -> NodeState:
         """The state that has nothing left to send."""
-        return NodeState(self.layout, self.replica, taken=taken, apart=self.apart)
+        return NodeState(self.layout, self.replica, taken=taken, apart=self.apart, rank=self.rank)
+
+    def of_rank(self, rank: int) -> NodeState:
+        """The state of a node of this rank; what is kept for another one is of no use to it."""
+        return self if rank == self.rank else NodeState(rank=rank)
 
 
 class StateFile:
@@ -216,6 +224,7 @@ class StateFile:
             "taken": state.taken.hex(),
             "trained": state.trained.hex(),
             **({} if state.apart is None else {_APART: str(state.apart.version)}),
+            **({"rank": str(state.rank)} if state.rank else {}),
         }
         told["checksum"] = _checksum(told, held)
         try:
@@ -240,8 +249,11 @@ def state_folder(root: Path, run: str, node: str) -> Path:
 def _state_of(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> NodeState:
     """The state that a file says, whose checksum is right; any error where it makes no sense."""
     tensors = json.loads(told["layout"])
+    rank = int(told.get("rank", "0"))
+    if not 0 <= rank <= MAX_RANK:
+        raise ValueError(f"expected a rank, found {rank}")
     if not tensors:
-        return NodeState()
+        return NodeState(rank=rank)
     layout = Layout(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in tensors)
     apart = None
     if _APART in arrays:
@@ -265,8 +277,9 @@ def _state_of(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> NodeStat
         raise ValueError("expected a version with the adapter, found none")
     replica = None if shared is None else Replica(layout, shared, version)
     return NodeState(
-        layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained, apart
-    )
+        layout, replica, arrays.get("residual"), taken, arrays.get("next_residual"), trained, apart,
+        rank,
+    )  # fmt: skip
 
 
 def _named(update: bytes) -> str:

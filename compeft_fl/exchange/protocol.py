@@ -21,6 +21,7 @@ from compeft_fl.errors import CompeftError, ResyncError, WireError
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.exchange.replica import MAX_DELTAS, Replica, Shipment
+from compeft_fl.ranks import Cut
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 from compeft_fl.wire.opening import parse
@@ -60,6 +61,13 @@ class Offer:
         Of these.
     last : bool
         The federation ends with this message, and nobody can go on with it.
+    rank : int
+        The rank for which adapter and digest are cut (`compeft_fl.ranks`); 0: they are whole, and
+        the server takes other ranks; `NOTHING`: it takes whole adapters only.
+    density : float
+        What the node's update is to have at most; 0: the node decides.
+    bits : int
+        A parameter, of an update that is no ternary one; 0: it is one.
     """
 
     federation: str
@@ -69,6 +77,14 @@ class Offer:
     carried: int = NOTHING
     carried_digest: bytes = b""
     last: bool = False
+    rank: int = NOTHING
+    density: float = 0.0
+    bits: int = 0
+
+    @property
+    def times(self) -> bool:
+        """Does the server want to know of the node's link and of its work?"""
+        return bool(self.density or self.bits)
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,12 @@ class Answer:
         The version that it has kept of the tensors beside the task vector; `NOTHING`: none.
     quality : (float, float), optional
         Cosine and relative error of the update, against what the node has compressed.
+    rank : int
+        The rank of what the node holds and sends; 0: all of the server's.
+    work : float, optional
+        Seconds between the message's arrival and this answer, where the server asks.
+    link : float
+        The speed of the node's link in Mbit/s, as its config says; 0: it says nothing.
     """
 
     version: int
@@ -101,6 +123,9 @@ class Answer:
     seconds: tuple[float, float] | None = None
     carried: int = NOTHING
     quality: tuple[float, float] | None = None
+    rank: int = 0
+    work: float | None = None
+    link: float = 0.0
 
 
 def follow(
@@ -108,8 +133,9 @@ def follow(
     offer: Offer,
     shipment: Shipment,
     initial: Callable[[], TaskVector] | None = None,
+    rank: int = 0,
 ) -> Replica:
-    """The replica at the offer's version, bit for bit the server's.
+    """The replica at the offer's version, bit for bit the server's, or its part of a lower rank.
 
     Parameters
     ----------
@@ -117,15 +143,24 @@ def follow(
     offer : Offer
     shipment : Shipment
     initial : callable, optional
-        Makes the adapter that the federation starts from, version 0, where the node can.
+        Makes the adapter that the federation starts from, version 0, where the node can; all of it.
+    rank : int
+        The node's; 0: all of the server's.
 
     Raises
     ------
     ResyncError
-        The node lacks what the shipment builds on, or the digest differs.
+        The node lacks what the shipment builds on, or the digest differs, or the server does not
+        know the node's rank.
     """
+    if rank and offer.rank != rank:
+        if offer.rank or state.replica is not None or initial is None:
+            raise ResyncError(f"expected an adapter of rank {rank}, found {_ranked(offer.rank)}")
+        # Of a new node nothing is known, but the start can be cut here.
+        replica = follow(NodeState(), offer, shipment, initial)
+        return _cut(replica, rank)
     try:
-        replica = _built_on(state, shipment, offer.version, initial)
+        replica = _built_on(state, shipment, offer.version, initial, rank)
     except CompeftError as error:
         raise ResyncError(f"{type(error).__name__}: {error}") from None
     if replica.version != offer.version:
@@ -138,8 +173,24 @@ def follow(
     return replica
 
 
+def _ranked(rank: int) -> str:
+    return f"one of rank {rank}" if rank else "all of it"
+
+
+def _cut(replica: Replica, rank: int) -> Replica:
+    """The part of a lower rank."""
+    try:
+        return replica.cut(Cut(replica.layout, rank))
+    except CompeftError as error:  # factors under other names: the server knows them
+        raise ResyncError(f"the start cannot be cut to rank {rank}: {error}") from None
+
+
 def _built_on(
-    state: NodeState, shipment: Shipment, version: int, initial: Callable[[], TaskVector] | None
+    state: NodeState,
+    shipment: Shipment,
+    version: int,
+    initial: Callable[[], TaskVector] | None,
+    rank: int = 0,
 ) -> Replica:
     if shipment.kind == "snapshot":
         return Replica.from_snapshot(shipment.blobs)
@@ -158,6 +209,7 @@ def _built_on(
             values = values.cpu().numpy()  # type: ignore[union-attr]
         start = Grid.of(values).nearest(values)  # type: ignore[arg-type]
         replica = Replica(adapter.layout, start, 0)
+        replica = _cut(replica, rank) if rank else replica
     if not shipment.blobs or replica.version == version:
         return replica
     if shipment.kind == "catchup":

@@ -22,11 +22,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.lib import format
 from numpy.typing import NDArray
 
-from compeft_fl.errors import LayoutError, MalformedError
+from compeft_fl.errors import LayoutError, MalformedError, ParameterError
 from compeft_fl.exchange.node_state import NOTHING
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.exchange.replica import Shipment
 from compeft_fl.printable import PrintableFilter, one_line, quoted
+from compeft_fl.ranks import check_rank
+from compeft_fl.rates import Rate
 from compeft_fl.task_vector import MAX_DIMENSIONS, TaskVector
 from compeft_fl.wire.messages import STYPE
 
@@ -64,6 +66,8 @@ _UPDATE_KEY = "update"
 _SECONDS_KEY = "t"
 _QUALITY_KEY = "q"
 _SECONDS = struct.Struct("<2e")
+_LINK_KEY = "w"
+_LINK = struct.Struct("<2f")
 _LONGEST_SECONDS = 65504.0
 
 _CARRIED_STYPE = "safetensors"
@@ -201,6 +205,11 @@ def offer_record(offer: Offer, key: str, kind: str) -> ConfigRecord:
         del told["carried"], told["carried_digest"]
     if not offer.last:
         del told["last"]
+    if offer.rank == NOTHING:
+        del told["rank"]
+    for name in ("density", "bits"):
+        if not told[name]:
+            del told[name]
     return ConfigRecord({**told, "key": key, "kind": kind})
 
 
@@ -221,12 +230,13 @@ def find_offer(content: RecordDict) -> tuple[Offer, str, Shipment] | None:
         offer = Offer(**told)
         _check_types(
             offer, federation=str, version=int, digest=bytes, taken=bytes,
-            carried=int, carried_digest=bytes, last=bool,
+            carried=int, carried_digest=bytes, last=bool, rank=int, density=float, bits=int,
         )  # fmt: skip
+        Rate(offer.density, offer.bits)
         arrays = content.get(key)
         found = arrays.values() if isinstance(arrays, ArrayRecord) else ()
         blobs = tuple(array.data for array in found if array.stype == STYPE)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ParameterError) as error:
         raise MalformedError(
             f"expected an offer in {EXCHANGE_KEY}, found another: {error}"
         ) from None
@@ -247,6 +257,10 @@ def answer_record(answer: Answer) -> ConfigRecord:
     if answer.quality is not None:
         cosine, error = answer.quality
         record[_QUALITY_KEY] = _SECONDS.pack(cosine, min(error, _LONGEST_SECONDS))
+    if answer.rank:
+        record["rank"] = answer.rank
+    if answer.work is not None:
+        record[_LINK_KEY] = _LINK.pack(answer.work, answer.link)
     return record
 
 
@@ -265,13 +279,21 @@ def find_answer(content: RecordDict) -> Answer | None:
         told: dict[str, Any] = dict(record)
         times = told.pop(_SECONDS_KEY, None)
         figures = told.pop(_QUALITY_KEY, None)
+        link = told.pop(_LINK_KEY, None)
+        work, mbps = (None, 0.0) if link is None else _of_link(link)
         answer = Answer(
             **told,
+            work=work,
+            link=mbps,
             seconds=None if times is None else _unpacked(times),
             quality=None if figures is None else _quality(figures),
         )
-        _check_types(answer, version=int, update=bytes, taken=bytes, resync=str, carried=int)
-    except (TypeError, struct.error) as error:
+        _check_types(
+            answer, version=int, update=bytes, taken=bytes, resync=str, carried=int, rank=int
+        )
+        if answer.rank:
+            check_rank(answer.rank)
+    except (TypeError, struct.error, ParameterError) as error:
         raise MalformedError(
             f"expected an answer in {EXCHANGE_KEY}, found another: {error}"
         ) from None
@@ -294,6 +316,14 @@ def _quality(figures: Any) -> tuple[float, float]:
     if not (-1 <= cosine <= 1 and 0 <= error < math.inf):
         raise TypeError(f"{_QUALITY_KEY} holds {cosine} and {error}")
     return cosine, error
+
+
+def _of_link(told: Any) -> tuple[float, float]:
+    """A node's seconds of work, and the speed of its link in Mbit/s, 0: not said."""
+    work, mbps = _LINK.unpack(told)
+    if not (0 <= work < math.inf and 0 <= mbps < math.inf):
+        raise TypeError(f"{_LINK_KEY} holds {work} and {mbps}")
+    return work, mbps
 
 
 def _check_types(message: Any, **types: type) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import VersionError, WireError
 from compeft_fl.factored import FactoredVector
+from compeft_fl.ranks import Cut
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, inspect
@@ -26,6 +27,7 @@ __all__ = [
     "checked_delta",
     "digest_of",
     "on_cpu",
+    "start_parts",
 ]
 
 DIGEST_BYTES = 16
@@ -134,14 +136,7 @@ class Replica:
         WireError
             Bytes that a decoder rejects.
         """
-        if len(blobs) > 2 * MAX_PARTS:  # each is looked at twice
-            raise WireError(f"expected at most {2 * MAX_PARTS} parts, found {len(blobs)}")
-        layout, covered, count = None, 0, 0
-        while count < len(blobs) and (layout is None or covered < layout.num_parameters):
-            header = inspect(blobs[count], layout=layout)
-            layout = layout or header.layout
-            covered += header.num_parameters
-            count += 1
+        count = start_parts(blobs)[1]
         opened = open_update(blobs[:count])
         if opened.codec != "steps":
             raise WireError(f"expected a start in steps, found a body of codec {opened.codec}")
@@ -149,10 +144,33 @@ class Replica:
         start = cls(opened.layout, values, opened.base_version)
         return start.catch_up(blobs[count:], version) if blobs[count:] else start
 
+    def cut(self, cut: Cut) -> Replica:
+        """The part of a lower rank."""
+        return Replica(cut.layout, cut.values(self.values), self.version)
+
     @property
     def digest(self) -> bytes:
         """16 bytes that stand for the values."""
         return digest_of(self.values)
+
+
+def start_parts(blobs: Sequence[bytes]) -> tuple[Layout | None, int]:
+    """The layout of a shipment of kind "start", and how many of its parts are the start's.
+
+    Raises
+    ------
+    WireError
+        Bytes that a decoder rejects; too many parts.
+    """
+    if len(blobs) > 2 * MAX_PARTS:  # each is looked at twice
+        raise WireError(f"expected at most {2 * MAX_PARTS} parts, found {len(blobs)}")
+    layout, covered, count = None, 0, 0
+    while count < len(blobs) and (layout is None or covered < layout.num_parameters):
+        header = inspect(blobs[count], layout=layout)
+        layout = layout or header.layout
+        covered += header.num_parameters
+        count += 1
+    return layout, count
 
 
 def checked_delta(delta: TernaryVector | TaskVector) -> TernaryVector | FactoredVector:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.factored import FactoredVector
 from compeft_fl.quality import Quality
+from compeft_fl.rates import on_host_memory
 from compeft_fl.reduction import ENERGY, Reduction, quality_of
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
@@ -97,7 +98,7 @@ class ErrorFeedback:
         made.reduction = reduction
         return made
 
-    def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector | FactoredVector:
+    def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector | TaskVector:
         """C(tau + decay * residual), of which the residual is then what is left.
 
         Parameters
@@ -144,10 +145,15 @@ class ErrorFeedback:
         return sent
 
 
-def within(update: TernaryVector | FactoredVector, bound: float) -> TernaryVector | FactoredVector:
+def within(update: TernaryVector | TaskVector, bound: float) -> TernaryVector | TaskVector:
     """The update with its scale lowered, where its norm is over a bound.
 
     That of low-rank signs is lowered to a power of two of what it was.
+
+    Raises
+    ------
+    ParameterError
+        A bound on what has no scale.
     """
     if math.isinf(bound):
         return update
@@ -155,6 +161,8 @@ def within(update: TernaryVector | FactoredVector, bound: float) -> TernaryVecto
         while (norm := _norm(update.values)) > bound:
             update = update.halved(max(1, math.floor(math.log2(norm / bound))) if bound else 150)
         return update
+    if not isinstance(update, TernaryVector):
+        raise ParameterError("expected no bound on the norm of an update in bits a parameter")
     number = update.num_nonzeros
     if not number or float(update.scales[0]) * math.sqrt(number) <= bound:
         return update
@@ -173,9 +181,13 @@ def _norm(values: Any) -> float:
     return math.sqrt(kernels.sum_squares(values))
 
 
-def _difference(total: TaskVector, sent: TernaryVector | FactoredVector) -> NDArray[np.float32]:
+def _difference(total: TaskVector, sent: TernaryVector | TaskVector) -> NDArray[np.float32]:
     """What is left of ``total``, on the CPU."""
     values: Any = total.values
+    if not isinstance(sent, TernaryVector | FactoredVector):  # made on the CPU
+        held: Any = on_host_memory(total).values
+        less: NDArray[np.float32] = held - sent.values
+        return less
     if is_torch(values):
         rest: NDArray[np.float32] = (values - sent.to_task_vector().values).cpu().numpy()
         return rest

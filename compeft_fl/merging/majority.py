@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
-from compeft_fl.ternary import TernaryVector, num_words
+from compeft_fl.ternary import TernaryVector, num_words, pack, unpack
 
 __all__ = ["Agreement", "SignMajority", "signs_of"]
 
@@ -39,11 +39,11 @@ def signs_of(update: TernaryVector | TaskVector) -> TernaryVector:
     if isinstance(update, TaskVector):
         dense: Any = update.values
         values = dense.cpu().numpy() if is_torch(dense) else dense
-        return TernaryVector(update.layout, _packed(values > 0), _packed(values < 0), 1.0)
+        return TernaryVector(update.layout, pack(values > 0), pack(values < 0), 1.0)
     masks = update.positive, update.negative
     if not update.scales.all():
         spread = np.broadcast_to(update.scales > 0, (len(update.bounds) - 1,))
-        moved = _packed(np.repeat(spread, np.diff(update.bounds)))
+        moved = pack(np.repeat(spread, np.diff(update.bounds)))
         masks = masks[0] & moved, masks[1] & moved
     return TernaryVector(update.layout, *masks, 1.0)
 
@@ -171,7 +171,13 @@ class SignMajority:
         """The cosine between an update's signs and the direction of the others; see `compare`."""
         return self.compare(update, voted=voted).cosine
 
-    def compare(self, update: TernaryVector | TaskVector, *, voted: bool = True) -> Agreement:
+    def compare(
+        self,
+        update: TernaryVector | TaskVector,
+        *,
+        voted: bool = True,
+        within: NDArray[np.bool_] | None = None,
+    ) -> Agreement:
         """An update's signs against the direction of the others.
 
         Where its entries differ in size, each also counts as much as its size, and what says less
@@ -183,6 +189,8 @@ class SignMajority:
         voted : bool
             It was added: its own vote is left out of the direction, for where few updates move a
             parameter each agrees with itself.
+        within : ndarray of bool, shape (d,), optional
+            The parameters that this update could move; the direction elsewhere does not count.
 
         Returns
         -------
@@ -196,7 +204,7 @@ class SignMajority:
         signs = self._signs(update)
         plus, far_plus, minus, far_minus = self._compared()
         up, down = signs.positive, signs.negative
-        decided = self._num_decided
+        decided = self._num_decided if within is None else _count((plus | minus) & pack(within))
         if voted:
             # Without this update's own +, the others' lead is one less: a lead of one is gone, and
             # where there was none they are for -.
@@ -243,22 +251,10 @@ def _by_size(
     values /= largest  # whose squares are numbers, then
     total, squares = values.sum(), np.square(values).sum()
     worth = total * total / squares  # 1 for one large entry, all of them for equal ones
-    shares = (float(values[_unpacked(mask, values.size)].sum()) for mask in (with_it, against))
+    shares = (float(values[unpack(mask, values.size)].sum()) for mask in (with_it, against))
     agree, oppose = (worth * share / total for share in shares)
     return Agreement(agree, oppose, math.sqrt(worth * decided))
 
 
-def _unpacked(mask: Words, size: int) -> NDArray[np.bool_]:
-    """A mask of words as booleans."""
-    return np.unpackbits(mask.view(np.uint8), count=size, bitorder="little").view(np.bool_)
-
-
 def _count(mask: Words) -> int:
     return int(np.bitwise_count(mask).sum())
-
-
-def _packed(mask: NDArray[np.bool_]) -> Words:
-    """A mask of booleans as words."""
-    packed = np.zeros(8 * num_words(mask.size), np.uint8)
-    packed[: (mask.size + 7) >> 3] = np.packbits(mask, bitorder="little")
-    return packed.view(np.uint64)

@@ -49,7 +49,7 @@ class RoundRecord:
         Bytes of the Updates, summed over nodes, training and evaluation together.
     uplink_dense_bytes, downlink_dense_bytes : int
         What the same exchange takes with dense float32 adapters: one in every message to a node,
-        and one in every reply that brings an update.
+        and one in every reply that brings an update; of the node's rank, and of what is trained.
     seconds : float
         From the end of the round before to the end of this one.
     more : dict of str to float
@@ -214,6 +214,14 @@ class Journal:
     def on_transfer(self, transfer: Transfer) -> None:
         """See `compeft_fl.strategies.TransferObserver.on_transfer`."""
         self.ledger.add(transfer)
+        # A node of a lower rank has fewer parameters, dense or not.
+        fewer = self._num_parameters - transfer.parameters
+        if transfer.parameters and fewer > 0 and transfer.kind != "resync":
+            record, less = self._round(transfer.round), _BYTES_PER_PARAMETER * fewer
+            if transfer.direction == "up":
+                record.uplink_dense_bytes -= less
+            else:
+                record.downlink_dense_bytes -= less
 
     def on_score(
         self,

@@ -10,10 +10,12 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from compeft_fl.errors import LayoutError, NonFiniteError
+from compeft_fl.errors import LayoutError, NonFiniteError, WireError
 from compeft_fl.exchange.carried import Apart, check_like
 from compeft_fl.exchange.records import to_arrays, to_state
 from compeft_fl.merging.carried import CarriedAverage
+from compeft_fl.ranks import Cut
+from compeft_fl.server.mixed_ranks import check_stated, stated_rank
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.tensor_policy import TensorPolicy, is_variance
 from compeft_fl.ternary import TernaryVector
@@ -40,6 +42,9 @@ class Base:
         What is trained.
     apart : Apart
         What is not.
+    cuts : mapping of int to Cut or None
+        How the ranks that replies may be of lie in it, see `MixedRanks.cuts`; empty: all nodes have
+        all of it.
 
     Raises
     ------
@@ -62,15 +67,44 @@ class Base:
             raise LayoutError("expected a global adapter with parameters, found none to train")
         self.adapter.check_finite()
         self.layout: Layout = self.adapter.layout
+        self.cuts: Mapping[int, Cut | None] = {}
 
-    def read(self, parts: Sequence[bytes]) -> TernaryVector | TaskVector:
+    def read(
+        self, parts: Sequence[bytes], said: int = 0
+    ) -> tuple[TernaryVector | TaskVector, Cut | None]:
         """A reply's Update, which must be for this adapter and relative to this version.
+
+        Parameters
+        ----------
+        parts : sequence of bytes
+        said : int
+            The rank that its node states of itself; 0: all of the adapter's.
+
+        Returns
+        -------
+        update : TernaryVector or TaskVector
+            Over all of the adapter.
+        cut : Cut or None
+            What of it the node has; None: all.
 
         Raises
         ------
         WireError
+            Also for a rank that is not taken, or another than the node states.
         """
-        return decode_parts(parts, layout=self.layout, base_version=self.version)
+        cut = None
+        if self.cuts:
+            rank = stated_rank(parts)
+            check_stated(rank, self.cuts, said)
+            cut = self.cuts.get(rank)
+        try:
+            layout = self.layout if cut is None else cut.layout
+            update = decode_parts(parts, layout=layout, base_version=self.version)
+        except WireError:
+            if not self.cuts:  # it may be of a rank, which says more than that its layout differs
+                check_stated(stated_rank(parts), self.cuts, said)
+            raise
+        return (update, None) if cut is None else (cut.spread(update), cut)
 
     def read_carried(self, blob: bytes) -> dict[str, NDArray[Any]]:
         """The carried tensors of a reply that training has changed.

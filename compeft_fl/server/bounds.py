@@ -49,7 +49,11 @@ _PAST_NODES = 256  # whose direction is remembered
 
 
 class _Size(NamedTuple):
-    """A reply in four numbers."""
+    """A reply in four numbers.
+
+    Of a node that has a share of the adapter's entries, the norm is what it would be if all were
+    like those that it has.
+    """
 
     weight: float
     norm: float
@@ -192,7 +196,7 @@ class ReplyBounds:
 
     def _note(self, found: Candidate) -> None:
         """Keep a reply's sizes."""
-        norm, largest = _lengths(found.update)
+        norm, largest = _lengths(found)
         self._recent.append(_Size(found.weight, norm, found.weight * norm, largest))
         self._in_round += 1
 
@@ -220,7 +224,7 @@ class ReplyBounds:
     def _bounded(self, node_id: int, found: Candidate, bounded: dict[int, str]) -> Candidate:
         """A reply within bounds; what was too much is noted."""
         median, most = self._medians(), self._most
-        (norm, largest), weight = _lengths(found.update), found.weight
+        (norm, largest), weight = _lengths(found), found.weight
         said = []
         factor = 1.0
         if norm > most.norm * median.norm:
@@ -249,7 +253,12 @@ class ReplyBounds:
         majority = SignMajority(replies[0][1].update.layout)
         for _, found in replies:
             majority.add(found.update)
-        now = {reply.key: majority.compare(found.update) for reply, found in replies}
+        now = {
+            reply.key: majority.compare(
+                found.update, within=None if found.cut is None else found.cut.covered
+            )
+            for reply, found in replies
+        }
         then = {
             reply.key: now[reply.key].after(self._past.get(reply.node_id, Agreement()), _PAST_SHARE)
             for reply, _ in replies
@@ -298,7 +307,13 @@ def _light(reply: Reply, found: Candidate) -> tuple[Reply, Candidate]:
     return replace(reply, message=message, question=None), found._replace(parts=())
 
 
-def _lengths(update: Update) -> tuple[float, float]:
+def _lengths(found: Candidate) -> tuple[float, float]:
+    """The norm and the largest magnitude of a reply's update; see `_Size`."""
+    norm, largest = _lengths_of(found.update)
+    return norm / math.sqrt(found.share), largest
+
+
+def _lengths_of(update: Update) -> tuple[float, float]:
     """The norm and the largest magnitude of an update, in float64."""
     if isinstance(update, TernaryVector):
         if not update.num_nonzeros:

@@ -10,45 +10,47 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.carried import Apart, Versions
+from compeft_fl.exchange.cut_shipments import CutShipments
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
-from compeft_fl.exchange.protocol import UNKNOWN, Answer, Offer
+from compeft_fl.exchange.protocol import UNKNOWN, Answer
 from compeft_fl.exchange.records import (
     CARRIED_KEY,
     EXCHANGE_KEY,
-    LOGGER,
     array_records,
-    carried_record,
     find_offer,
-    offer_record,
-    shipment_record,
-    update_record,
 )
 from compeft_fl.exchange.replica import Shipment
+from compeft_fl.ranks import AXES, Cut
+from compeft_fl.rates import Rate
 from compeft_fl.server.base import Base
-from compeft_fl.server.downlink_options import DownlinkOptions, log_lag
+from compeft_fl.server.contents import Contents, Need, own_records
+from compeft_fl.server.downlink_options import (
+    DownlinkOptions,
+    log_lag,
+    say_carried,
+    warn_of_huge_values,
+)
+from compeft_fl.server.mixed_ranks import MixedRanks
 from compeft_fl.server.nodes import Node, NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
-from compeft_fl.task_vector import TaskVector
+from compeft_fl.server.upload_budget import UploadBudget
 from compeft_fl.tensor_policy import TensorPolicy
-from compeft_fl.wire.messages import encode_parts
 
 __all__ = ["Broadcaster"]
 
 T = TypeVar("T")
 
 _MAX_RESYNCS = 2  # of one node in one round
-_HUGE = 1e9  # no trained adapter has such a value
+_OWN_RATE = Rate()
 
 
 class Broadcaster:
@@ -60,6 +62,10 @@ class Broadcaster:
     options : DownlinkOptions, optional
     policy : TensorPolicy, optional
         Which tensors are trained, carried or left.
+    ranks : MixedRanks, optional
+        Default: all nodes have the whole adapter.
+    upload : UploadBudget, optional
+        Default: nodes decide on the density of their updates.
     """
 
     def __init__(
@@ -67,8 +73,11 @@ class Broadcaster:
         observer: RoundObserver,
         options: DownlinkOptions | None = None,
         policy: TensorPolicy | None = None,
+        ranks: MixedRanks | None = None,
+        upload: UploadBudget | None = None,
     ) -> None:
         self._observer, self._policy = observer, policy
+        self.ranks, self.upload = ranks, upload
         self.transfers = Transfers(observer)
         self.options = options or DownlinkOptions()
         self.federation = secrets.token_hex(8)
@@ -78,8 +87,11 @@ class Broadcaster:
         self._nodes = NodeTable()
         self._restored = False
         self._resyncs: dict[int, int] = {}  # in this round, by node id
-        self._records: dict[int, tuple[Shipment, ArrayRecord]] = {}  # likewise, by their ids
-        self._addressed: dict[int, RecordDict] = {}  # contents of this round, by node id
+        self._contents: Contents | None = None  # of this round
+        self._addressed: dict[int, RecordDict] = {}  # likewise, by node id
+        self._pushed: dict[int, tuple[float, int]] = {}  # likewise: when, and bytes
+        self._cuts = CutShipments({})
+        self._cut_map: dict[int, Cut | None] = {}
         self._key = ""
         self.ending = False  # what goes out now is the last of this federation
 
@@ -90,8 +102,9 @@ class Broadcaster:
         self._carried = Versions(Apart())
         self._nodes, self._restored = NodeTable(), False
         self._resyncs.clear()
-        self._records.clear()
         self._addressed.clear()
+        self._pushed.clear()
+        self._cuts, self._cut_map = CutShipments({}), {}
 
     def base(self, arrays: ArrayRecord) -> Base:
         """Make a version of these arrays, unless they have one, and say what it is.
@@ -105,16 +118,17 @@ class Broadcaster:
             base = Base(arrays, 0, self._policy)
             started = time.perf_counter()
             if self._downlink is None:
+                self._cut_for(base)
                 self._downlink = self.options.make(base.adapter)
                 self._carried = Versions(base.apart)
-                self._say_carried(base)
+                say_carried(base)
             else:
                 self._carried.advance(base.apart)
                 self._downlink.advance(base.adapter)
                 log_lag(self._downlink, base.adapter, self._base.adapter if self._base else None)
             self.transfers.encoded(time.perf_counter() - started)
-            base.version = self._downlink.version
-            self.transfers.carried_bytes = base.apart.num_bytes
+            base.version, base.cuts = self._downlink.version, self._cut_map
+            self.transfers.carried_bytes = sum(v.nbytes for v in base.apart.carried.values())
             self._base = base
         return self._base
 
@@ -134,20 +148,22 @@ class Broadcaster:
         Raises
         ------
         ParameterError
-            A message with more than one ArrayRecord.
+            A message with more than one ArrayRecord; arrays of a strategy's own for some nodes,
+            where ranks are mixed.
         LayoutError, NonFiniteError
             As `Base`, for arrays of a strategy's own for some nodes. These have no versions: they
             go as one dense Update.
         """
         self._resyncs.clear()
-        self._records.clear()
         self._addressed.clear()
+        self._pushed.clear()
+        self._contents = None
         self.transfers.begin()
         size = base.layout.num_parameters
         addressed: dict[int, Base] = {}
-        sent: dict[tuple[int, int, int, bytes], tuple[RecordDict, RecordDict]] = {}
+        sent: dict[tuple[object, ...], tuple[RecordDict, RecordDict]] = {}
         own_bases: dict[int, tuple[Base, dict[str, ArrayRecord], int]] = {}
-        groups: dict[tuple[int, int], tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
+        groups: dict[object, tuple[int, list[int]]] = {}  # bytes and nodes, by shipment
         messages = list(messages)
         self._prepare(message.metadata.dst_node_id for message in messages)
         for message in messages:
@@ -163,25 +179,32 @@ class Broadcaster:
                 )
             ((self._key, arrays),) = records.items()
             if arrays is not base.arrays and arrays != base.arrays:
+                if self.ranks is not None:
+                    raise ParameterError(
+                        "expected the global adapter in all messages where ranks are mixed, found "
+                        "arrays of the strategy's own"
+                    )
                 if id(arrays) not in own_bases:
-                    own_bases[id(arrays)] = self._own(arrays, base.version)
+                    its = Base(arrays, base.version, self._policy)
+                    own_bases[id(arrays)] = its, *own_records(its, self._key)
                 own = own_bases[id(arrays)]
                 message.content = RecordDict({**message.content, **own[1]})
                 addressed[node_id] = own[0]
                 self._observer.on_broadcast(server_round, kind, [node_id], own[2])
                 self.transfers.outgoing(server_round, kind, node_id, size, own[2])
                 continue
-            shipment, carried, taken = self._for(node_id)
-            num_bytes = shipment.num_bytes + len(carried or b"")
-            self.transfers.outgoing(server_round, kind, node_id, size, num_bytes)
+            need = self._need(self._nodes.get(node_id), trains=kind == "train")
+            parameters = need.num_parameters
+            self.transfers.outgoing(server_round, kind, node_id, parameters, need.num_bytes)
             content = message.content
-            same = (id(content), id(shipment), id(carried), taken)
+            same = (id(content), *need.identity)
             if same not in sent:
                 # The old content stays referenced, so that no other gets its id.
-                sent[same] = content, self._content(content, shipment, carried, taken)
+                sent[same] = content, self._content(content, need)
             message.content = sent[same][1]
-            groups.setdefault(same[1:3], (num_bytes, []))[1].append(node_id)
+            groups.setdefault(need.identity[:2], (need.num_bytes, []))[1].append(node_id)
             addressed[node_id] = base
+            self._pushed[node_id] = 0.0, need.num_bytes
             self._addressed[node_id] = message.content
         for num_bytes, nodes in groups.values():
             self._observer.on_broadcast(server_round, kind, nodes, num_bytes)
@@ -189,8 +212,7 @@ class Broadcaster:
 
     def expected_bytes(self, node_ids: Iterable[int]) -> int:
         """What one of these nodes lacks of the current version, in bytes, on the mean."""
-        found = [self._lacked_by(self._nodes.get(node_id)) for node_id in node_ids]
-        sizes = [shipment.num_bytes + len(carried or b"") for shipment, carried in found]
+        sizes = [self._need(self._nodes.get(node_id)).num_bytes for node_id in node_ids]
         return round(sum(sizes) / len(sizes)) if sizes else 0
 
     def restore_offers(self, messages: Iterable[Message]) -> None:
@@ -216,10 +238,41 @@ class Broadcaster:
         """Of the adapter; 0 before there is one."""
         return self._downlink.layout.num_parameters if self._downlink else 0
 
-    def heard(self, node_id: int, answer: Answer) -> None:
-        """Note what a node says of itself."""
-        if node_id in self._addressed:
-            self._nodes.heard(node_id, answer)
+    def parameters_of(self, node_id: int) -> int:
+        """Of the adapter of a node, which may be of a lower rank."""
+        known = self._nodes.get(node_id)
+        return self._cuts.size(known.rank, self.num_parameters) if known else self.num_parameters
+
+    def node(self, node_id: int) -> Node | None:
+        """What is known of a node."""
+        return self._nodes.get(node_id)
+
+    def pushed(self, messages: Iterable[Message]) -> None:
+        """Note when messages of this round have gone."""
+        now = time.monotonic()
+        for message in messages:
+            node_id = message.metadata.dst_node_id
+            if node_id in self._pushed:
+                self._pushed[node_id] = now, self._pushed[node_id][1]
+
+    def heard(self, node_id: int, answer: Answer, num_bytes: int = 0) -> None:
+        """Note what a node says of itself, in a reply with so many bytes of arrays."""
+        if node_id not in self._addressed:
+            return
+        self._nodes.heard(node_id, answer)
+        at, sent = self._pushed.get(node_id, (0.0, 0))
+        known = self._nodes.get(node_id)
+        if known is not None and at and answer.work is not None:
+            known.link.add(sent + num_bytes, time.monotonic() - at - answer.work)
+
+    def refusal(self, answer: Answer) -> str | None:
+        """Why a node cannot take part, whatever it is sent; None: it can."""
+        if self.ranks is None or not answer.rank or answer.rank in self._cut_map:
+            return None
+        return (
+            f"expected a rank among {', '.join(map(str, self.ranks.ranks))}, "
+            f"found a node of rank {answer.rank}"
+        )
 
     def took(self, node_id: int) -> None:
         """Note that the update in a node's reply was merged."""
@@ -248,44 +301,83 @@ class Broadcaster:
             return None
         offer, self._key, _ = told
         unknown = offer.taken == UNKNOWN
+        rank = answer.rank if answer.rank in self._cut_map else 0
         if attempts == 1 and unknown and answer.version != NOTHING:
-            shipment = self._lacking(answer.version)  # it was here before, under another id
-            carried = self._carried.lacking(answer.carried)
-        elif attempts == 1 and unknown and self._restored:
-            shipment = self._lacking(self._start)  # it was sent an offer and nothing else
-            carried = self._carried.lacking(NOTHING)
+            shipment, has = self._lacking(answer.version), answer.carried  # under another id
+        elif attempts == 1 and ((unknown and self._asks) or offer.rank not in (NOTHING, rank)):
+            # It was sent an offer and nothing else, or is of another rank than was known.
+            shipment, has = self._lacking(self._start), self._carried_start
         else:
-            shipment, carried = self._snapshot(), self._carried.lacking(NOTHING)
-        num_bytes = shipment.num_bytes + len(carried or b"")
-        self._observer.on_broadcast(server_round, "resync", [node_id], num_bytes)
-        self.transfers.outgoing(server_round, "resync", node_id, self.num_parameters, num_bytes)
+            shipment, has = self._snapshot(), NOTHING
         known, sent = self._nodes.get(node_id), question.metadata
         taken = known.taken if known else NO_UPDATE
-        content = self._content(question.content, shipment, carried, taken)
+        need = self._cut(shipment, has, taken, rank, Rate(offer.density, offer.bits))
+        size = need.num_parameters
+        self._observer.on_broadcast(server_round, "resync", [node_id], need.num_bytes)
+        self.transfers.outgoing(server_round, "resync", node_id, size, need.num_bytes)
+        self._pushed[node_id] = 0.0, need.num_bytes
+        content = self._content(question.content, need)
         return Message(content, node_id, sent.message_type, ttl=sent.ttl, group_id=sent.group_id)
+
+    @property
+    def _asks(self) -> bool:
+        """Are unknown nodes sent an offer and nothing else, and say what they are?
+
+        After a restart they may have other ids, and have kept all but the last version; where ranks
+        are mixed, what they are to be sent depends on theirs.
+        """
+        return self._restored or self.ranks is not None
 
     @property
     def _start(self) -> int | None:
         """The version that a node of which nothing is known can make by itself."""
         return 0 if self.options.first_contact == "seed" else None
 
-    def _for(self, node_id: int) -> tuple[Shipment, bytes | None, bytes]:
-        """What a node is sent, also of carried tensors, and which of its updates was taken last."""
-        known = self._nodes.get(node_id)
-        shipment, carried = self._lacked_by(known)
-        return shipment, carried, UNKNOWN if known is None else known.taken
+    @property
+    def _carried_start(self) -> int:
+        """The version of the tensors beside the adapter that such a node can make by itself."""
+        return NOTHING if self._start is None else self._start
 
-    def _lacked_by(self, known: Node | None) -> tuple[Shipment, bytes | None]:
-        """What a node lacks, and what of carried tensors."""
-        if self._downlink is None:
-            raise ParameterError("expected `base` before `address`")
-        if known is None and self._restored:
-            # After a restart the nodes may have other ids, and have kept all but the last version.
-            return self._lacking(self._downlink.version), None
+    def _need(self, known: Node | None, *, trains: bool = False) -> Need:
+        """What a node is sent, of which so much is known."""
+        downlink, rate, rank = self._begun(), _OWN_RATE, 0
+        if known is not None and known.rank in self._cut_map:
+            rank = known.rank
+        if trains and self.upload is not None:
+            size = self._cuts.size(rank, self.num_parameters)
+            rate = self.upload.rate(size, known.link.mbps if known else None)
+        if known is None and self._asks:
+            nothing = self._lacking(downlink.version)
+            return self._cut(nothing, self._carried.version, UNKNOWN, 0, rate)
         if known is None:
-            return self._lacking(self._start), self._carried.lacking(NOTHING)
+            start = self._lacking(self._start)
+            return self._cut(start, self._carried_start, UNKNOWN, 0, rate)
         version = None if known.version == NOTHING else known.version
-        return self._lacking(version), self._carried.lacking(known.carried)
+        return self._cut(self._lacking(version), known.carried, known.taken, rank, rate)
+
+    def _cut(self, shipment: Shipment, carried: int, taken: bytes, rank: int, rate: Rate) -> Need:
+        """A node's part of a shipment, and what it lacks of the tensors beside it."""
+        downlink = self._begun()
+        cuts = self._cuts.of(downlink.version)
+        started = time.perf_counter()
+        part = cuts.shipment(rank, shipment)
+        digest = cuts.digest(rank, downlink.digest, downlink.shared)
+        self.transfers.encoded(time.perf_counter() - started)
+        told = NOTHING if self.ranks is None else rank
+        lacks = self._carried.lacking(carried, *self._cut_carried(rank))
+        size = cuts.size(rank, self.num_parameters)
+        return Need(part, digest, size, lacks, taken, told, rate)
+
+    def _cut_carried(self, rank: int) -> tuple[int, Mapping[str, int]]:
+        """How the tensors beside the adapter are cut for a rank."""
+        cut = self._cut_map.get(rank)
+        return (0, AXES) if cut is None or self.ranks is None else (rank, self.ranks.axes)
+
+    def _cut_for(self, base: Base) -> None:
+        """Lay out how each rank lies in the adapter."""
+        if self.ranks is not None:
+            self._cut_map = self.ranks.cuts(base.layout, base.apart)
+            self._cuts = CutShipments(self._cut_map)
 
     def _lacking(self, version: int | None) -> Shipment:
         """See `Downlink.lacking`; timed."""
@@ -303,66 +395,23 @@ class Broadcaster:
         return self._timed(lambda downlink: downlink.snapshot())
 
     def _timed(self, make: Callable[[Downlink], T]) -> T:
-        if self._downlink is None:
-            raise ParameterError("expected `base` before `address`")
-        started = time.perf_counter()
-        made = make(self._downlink)
+        downlink, started = self._begun(), time.perf_counter()
+        made = make(downlink)
         self.transfers.encoded(time.perf_counter() - started)
         return made
 
-    def _content(
-        self, content: RecordDict, shipment: Shipment, carried: bytes | None, taken: bytes
-    ) -> RecordDict:
-        """A message's content with a shipment in the place of its arrays."""
+    def _begun(self) -> Downlink:
         if self._downlink is None:
             raise ParameterError("expected `base` before `address`")
-        offer = Offer(
-            self.federation, self._downlink.version, self._downlink.digest, taken, last=self.ending
-        )
-        if self._carried.apart:
-            offer = replace(
-                offer, carried=self._carried.version, carried_digest=self._carried.digest
-            )
-        others = {key: record for key, record in content.items() if key != self._key}
-        others[EXCHANGE_KEY] = offer_record(offer, self._key, shipment.kind)
-        # An empty record goes no further than `restore_offers`: a strategy's own code may look.
-        others[self._key] = self._record(shipment) if shipment.blobs else ArrayRecord()
-        if carried is not None:
-            others[CARRIED_KEY] = carried_record(carried)
-        return RecordDict(others)
+        return self._downlink
 
-    def _record(self, shipment: Shipment) -> ArrayRecord:
-        """The shipment's record, one for all nodes that lack the same."""
-        known = self._records.get(id(shipment))
-        if known is None:
-            record = shipment_record(shipment, self.num_parameters)
-            known = self._records[id(shipment)] = shipment, record
-        return known[1]
-
-    def _own(self, arrays: ArrayRecord, version: int) -> tuple[Base, dict[str, ArrayRecord], int]:
-        """Arrays that are not the global adapter: a base of their own, and all that it is."""
-        base = Base(arrays, version, self._policy)
-        parts = encode_parts(base.adapter, "dense", base_version=version)
-        records = {self._key: update_record(parts, base.adapter.num_parameters)}
-        num_bytes = sum(map(len, parts))
-        if base.apart:
-            carried = base.apart.to_bytes()
-            records[CARRIED_KEY] = carried_record(carried)
-            num_bytes += len(carried)
-        return base, records, num_bytes
-
-    def _say_carried(self, base: Base) -> None:
-        """One line in the log about what is not compressed."""
-        carried, apart = base.apart.carried, base.apart
-        if apart.places:
-            LOGGER.info(
-                "%d tensors are carried as they are (%d bytes), %d are left to the nodes, "
-                "%d are trained",
-                len(carried),
-                sum(value.nbytes for value in carried.values()),
-                len(apart.places) - len(carried),
-                len(base.layout.tensors),
-            )
+    def _content(self, content: RecordDict, need: Need) -> RecordDict:
+        """A message's content with what a node needs in the place of its arrays."""
+        version = self._begun().version
+        if self._contents is None or self._contents.version != version:
+            self._contents = Contents(self.federation, version, self._carried, self.ending)
+        digest = self._carried.of_rank(*self._cut_carried(need.rank))[1]
+        return self._contents.make(content, self._key, need, digest)
 
     # What a checkpoint keeps.
 
@@ -390,22 +439,10 @@ class Broadcaster:
         self._downlink.restore(state)
         self._carried = Versions(base.apart)
         self._carried.restore(state.get("carried", {}))
+        self._cut_for(base)
+        base.cuts = self._cut_map
         self._base = base
         self.federation = str(state["federation"])
         self._nodes.restore(state["nodes"])
         self._restored = True
-        _warn_of_huge_values(base.adapter)
-
-
-def _warn_of_huge_values(adapter: TaskVector) -> None:
-    """Say where a restored adapter holds values that no training makes."""
-    for tensor, where in adapter.layout.slices():
-        largest = float(np.abs(np.asarray(adapter.values[where])).max(initial=0.0))
-        if largest > _HUGE:
-            LOGGER.warning(
-                "the checkpoint's adapter has values up to %.3g, in %r: something has driven it "
-                "there, and training will hardly bring it back; an earlier checkpoint may be sound",
-                largest,
-                tensor.name,
-            )
-            return
+        warn_of_huge_values(base.adapter)

@@ -1,17 +1,20 @@
-"""How the global adapter goes down, and how far the nodes' copy of it lags."""
+"""How the global adapter goes down, and what the log says of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, distance
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.exchange.uplink import AT_RISK
 from compeft_fl.reduction import ENERGY
+from compeft_fl.server.base import Base
 from compeft_fl.task_vector import TaskVector
 
-__all__ = ["DownlinkOptions", "log_lag"]
+__all__ = ["DownlinkOptions", "log_lag", "say_carried", "warn_of_huge_values"]
 
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 
@@ -100,3 +103,34 @@ def log_lag(downlink: Downlink, adapter: TaskVector, before: TaskVector | None) 
             lag,
             downlink.reduction.density,
         )
+
+
+def say_carried(base: Base) -> None:
+    """One line in the log about what is not compressed."""
+    carried, apart = base.apart.carried, base.apart
+    if apart.places:
+        LOGGER.info(
+            "%d tensors are carried as they are (%d bytes), %d are left to the nodes, "
+            "%d are trained",
+            len(carried),
+            sum(value.nbytes for value in carried.values()),
+            len(apart.places) - len(carried),
+            len(base.layout.tensors),
+        )
+
+
+def warn_of_huge_values(adapter: TaskVector) -> None:
+    """Say where a restored adapter holds values that no training makes."""
+    for tensor, where in adapter.layout.slices():
+        largest = float(np.abs(np.asarray(adapter.values[where])).max(initial=0.0))
+        if largest > _HUGE:
+            LOGGER.warning(
+                "the checkpoint's adapter has values up to %.3g, in %r: something has driven it "
+                "there, and training will hardly bring it back; an earlier checkpoint may be sound",
+                largest,
+                tensor.name,
+            )
+            return
+
+
+_HUGE = 1e9  # no trained adapter has such a value

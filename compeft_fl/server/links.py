@@ -32,6 +32,7 @@ from compeft_fl.server.base import Base, conform
 from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.intake import Reply, describe, num_array_bytes, update_of, weight_of
 from compeft_fl.server.metrics import Signature, check_metrics, mended, signature, spoiled
+from compeft_fl.server.mixed_ranks import MixedRanks, filled
 from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.privacy import check_clippable, wrapped
 from compeft_fl.server.replies import MOD_FAILED_PRECONDITION, Replies, SizedArrays
@@ -139,7 +140,8 @@ class Links:
         if blob is not None:
             base.read_carried(blob)
         weight = 1.0 if key is None else weight_of(content, key)[2]
-        return Candidate(weight, parts, base.read(parts), blob or b"")
+        update, cut = base.read(parts, reply.answer.rank if reply.answer else 0)
+        return Candidate(weight, parts, update, blob or b"", cut=cut)
 
     def _expanded(
         self, server_round: int, found: Iterable[tuple[Reply, Candidate | None]]
@@ -154,8 +156,9 @@ class Links:
                 else:
                     yield reply, candidate
 
-        observer = self.outcomes.observer
-        for reply, within in self.bounds.within(server_round, updates(), observer, whole=True):
+        observer, ranks = self.outcomes.observer, self.outcomes.broadcaster.ranks
+        bounded = self.bounds.within(server_round, updates(), observer, whole=True)
+        for reply, within in bounded if ranks is None else _filled(bounded, ranks):
             try:
                 if within.reason is not None:
                     raise CompeftError(within.reason)
@@ -218,6 +221,17 @@ class Links:
         _check_all_metrics(content)
         arrays = tuple(key for key in array_records(content) if key != CARRIED_KEY)
         return arrays, *(signature(key, m) for key, m in metric_records(content).items())
+
+
+def _filled(
+    bounded: Iterable[tuple[Reply, Candidate]], ranks: MixedRanks
+) -> Iterator[tuple[Reply, Candidate]]:
+    """Replies whose updates say something of every entry; see `filled`."""
+    all_of_them = list(bounded)
+    usable = [found for _, found in all_of_them if found.reason is None]
+    updates = iter(filled(usable, ranks))
+    for reply, found in all_of_them:
+        yield reply, found if found.reason else found._replace(update=next(updates))
 
 
 class RoundGrid(GridAround):

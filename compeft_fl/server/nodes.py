@@ -7,12 +7,13 @@ still counts, for it says which version it has and which update it sent last.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compeft_fl.errors import StateError
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING
 from compeft_fl.exchange.protocol import Answer
+from compeft_fl.server.upload_budget import LinkTimes
 
 __all__ = ["Node", "NodeTable"]
 
@@ -21,12 +22,14 @@ MAX_NODES = 1 << 16  # that are remembered
 
 @dataclass
 class Node:
-    """What is known of a node: the versions that it keeps, and ids of updates of its."""
+    """What is known of a node: what it keeps, ids of updates of its, its rank and its link."""
 
     version: int = NOTHING
     carried: int = NOTHING  # version of the tensors beside the task vector
     taken: bytes = NO_UPDATE  # last
     sent: bytes = NO_UPDATE  # in the reply that is being read
+    rank: int = 0  # of its adapter; 0: all of the server's
+    link: LinkTimes = field(default_factory=LinkTimes)
 
 
 class NodeTable:
@@ -48,7 +51,9 @@ class NodeTable:
         if known is None:
             known = self._nodes[node_id] = Node(taken=self._taken_of(answer))
         known.version, known.carried = answer.version, answer.carried
-        known.sent = answer.update
+        known.sent, known.rank = answer.update, answer.rank
+        if answer.link:
+            known.link.stated = answer.link
         self._nodes.move_to_end(node_id)
         while len(self._nodes) > MAX_NODES:
             self._nodes.popitem(last=False)
@@ -72,7 +77,7 @@ class NodeTable:
     def state(self) -> dict[str, list[Any]]:
         """Versions and last update by node id, as plain values for a checkpoint."""
         return {
-            str(i): [node.version, node.taken.hex(), node.carried]
+            str(i): [node.version, node.taken.hex(), node.carried, node.rank, node.link.stated]
             for i, node in self._nodes.items()
         }
 
@@ -86,10 +91,17 @@ class NodeTable:
         """
         try:
             self._nodes = OrderedDict(
-                (int(node_id), Node(int(version), int(carried), bytes.fromhex(taken)))
-                for node_id, (version, taken, carried) in state.items()
+                (int(node_id), _node(*told)) for node_id, told in state.items()
             )
         except (TypeError, ValueError) as error:
             raise StateError(
                 f"expected versions and last update by node id, found another version's: {error}"
             ) from None
+
+
+def _node(version: Any, taken: str, carried: Any, rank: Any = 0, mbps: Any = 0.0) -> Node:
+    """A node as a checkpoint has it."""
+    return Node(
+        int(version), int(carried), bytes.fromhex(taken), rank=int(rank),
+        link=LinkTimes(stated=float(mbps)),
+    )  # fmt: skip

@@ -24,7 +24,9 @@ from compeft_fl.server.intake import Reply, describe, one_line, received
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.privacy import check_mods
 from compeft_fl.server.replies import Replies
+from compeft_fl.server.robustness import Candidate
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
+from compeft_fl.server.transfers import Sender
 
 __all__ = ["Outcomes"]
 
@@ -98,6 +100,7 @@ class Outcomes:
         self.broadcaster.restore_offers(messages)
         stream = grid.send_and_receive(messages, timeout=timeout)
         self.broadcaster.transfers.pushed(messages, stream.lost)
+        self.broadcaster.pushed(messages)
         if kind == "train":
             self._messages += len(messages)
         self._tally = _Tally(kind, server_round)
@@ -126,12 +129,13 @@ class Outcomes:
                 started = time.perf_counter()
                 value, problem = _guarded(read, reply)
                 seconds = time.perf_counter() - started
-            self._crossed(reply, kind, seconds if problem is None else None)
+            candidate = value[0] if value is not None else None
+            self._crossed(reply, kind, seconds if problem is None else None, candidate)
             if problem is not None or value is None:
                 self.set_aside(reply, problem or "")
             else:
                 yield reply, value[0]
-            del reply, value  # before the next one is pulled
+            del reply, value, candidate  # before the next one is pulled
 
     def take(self, reply: Reply) -> None:
         """Count a reply as taken."""
@@ -249,7 +253,7 @@ class Outcomes:
 
     def _heard(self, reply: Reply) -> Reply:
         if reply.answer is not None:
-            self.broadcaster.heard(reply.node_id, reply.answer)
+            self.broadcaster.heard(reply.node_id, reply.answer, reply.num_bytes)
         return reply
 
     def _resync(self, reply: Reply, stream: ReplyStream) -> str | None:
@@ -257,11 +261,15 @@ class Outcomes:
         answer, more, server_round = reply.answer, None, self._tally.server_round
         if answer is None:
             return None
+        refusal = self.broadcaster.refusal(answer)
+        if refusal is not None:
+            return refusal
         if reply.question is not None:
             more = self.broadcaster.resync(reply.question, answer, server_round)
         if more is None or not stream.push(more):
             return describe(ResyncError(f"the node cannot follow: {answer.resync}"))
         self.broadcaster.transfers.pushed([more])
+        self.broadcaster.pushed([more])
         LOGGER.info(
             "round %d: node %d is sent what it lacks: %s",
             server_round,
@@ -270,7 +278,9 @@ class Outcomes:
         )
         return None
 
-    def _crossed(self, reply: Reply, kind: str, seconds: float | None) -> None:
+    def _crossed(
+        self, reply: Reply, kind: str, seconds: float | None, value: object = None
+    ) -> None:
         """Tell the ledger that a reply has crossed the wire, whatever it is worth."""
         if reply.key in self._tally.settled:
             return
@@ -280,12 +290,23 @@ class Outcomes:
             "resync" if resync else kind,
             reply.node_id,
             reply.message,
-            self.broadcaster.num_parameters,
+            self.broadcaster.parameters_of(reply.node_id),
             reply.num_bytes,
             seconds,
             reply.answer.seconds if reply.answer is not None else None,
             reply.answer.quality if reply.answer is not None else None,
+            self._sender(reply, value),
         )
+
+    def _sender(self, reply: Reply, value: object) -> Sender:
+        """What the ledger says of the node that a reply is from."""
+        known = self.broadcaster.node(reply.node_id)
+        density = value.density if isinstance(value, Candidate) else None
+        if known is None:
+            return Sender(density=density)
+        asked = self.broadcaster.upload is not None
+        link = (known.link.mbps, known.link.seconds) if asked else (None, None)
+        return Sender(known.rank or None, density, *link)
 
     def _settles(self, reply: Reply) -> bool:
         """Whether this is the first that is said of it; a strategy may merge replies twice."""

@@ -25,6 +25,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from compeft_fl.errors import CompeftError
 from compeft_fl.exchange.records import LOGGER, metric_records
 from compeft_fl.merging.majority import Agreement, SignMajority
+from compeft_fl.ranks import Cut
 from compeft_fl.server.intake import Reply
 from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import name_nodes
@@ -59,6 +60,8 @@ class Candidate(NamedTuple):
         The tensors beside it, as they came, see `compeft_fl.exchange.carried`; empty: none.
     reason : str or None
         Why a rule sets it aside.
+    cut : Cut or None
+        Which entries its node has, where that is of a lower rank; the update is 0 elsewhere.
     """
 
     weight: float
@@ -66,6 +69,17 @@ class Candidate(NamedTuple):
     update: Update
     carried: bytes = b""
     reason: str | None = None
+    cut: Cut | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the adapter's entries, that its node has."""
+        return _share(self.cut)
+
+    @property
+    def density(self) -> float:
+        """Of the entries that its node has, those that are not 0."""
+        return num_nonzeros(self.update) / max(1.0, self.share * self.update.num_parameters)
 
 
 @dataclass(frozen=True)
@@ -109,9 +123,10 @@ class _Entry:
     weight: float
     position: int
     sizes: tuple[int, ...]  # of the metrics, the carried tensors, and the Update's parts
-    norm: float
+    norm: float  # as of an update of all entries, where its node has a part of them
     largest: float  # scale; 0 for a dense update
-    num_nonzeros: int
+    num_nonzeros: float  # likewise
+    cut: Cut | None
     votes: bool = True
     found: Agreement = field(default_factory=Agreement)
     reason: str | None = None
@@ -146,7 +161,8 @@ class _Screening:
         told = json.dumps({key: dict(metrics) for key, metrics in records.items()}).encode()
         entry = _Entry(
             reply.node_id, reply.num_bytes, reply.key, candidate.weight, self._spool.tell(),
-            (len(told), len(candidate.carried), *map(len, candidate.parts)), *_sizes(update),
+            (len(told), len(candidate.carried), *map(len, candidate.parts)),
+            *_sizes(update, candidate.share), candidate.cut,
         )  # fmt: skip
         try:
             for each in (told, candidate.carried, *candidate.parts):
@@ -173,12 +189,22 @@ class _Screening:
             for entry in entries:
                 entry.reason = entry.reason or outliers.get(entry.node_id)
         return [
-            Similarity(e.node_id, e.found.cosine, e.norm, e.num_nonzeros, e.reason) for e in entries
+            Similarity(
+                e.node_id,
+                e.found.cosine,
+                e.norm * math.sqrt(_share(e.cut)),
+                round(e.num_nonzeros * _share(e.cut)),
+                e.reason,
+            )
+            for e in entries
         ]
 
     def _compare(self) -> None:
         for entry in self._entries:
-            entry.found = self._majority.compare(self._update(entry), voted=entry.votes)
+            within = None if entry.cut is None else entry.cut.covered
+            entry.found = self._majority.compare(
+                self._update(entry), voted=entry.votes, within=within
+            )
 
     def _judge_signs(self) -> dict[int, str]:
         """Those that differ lose their votes, the worst first, until the others agree."""
@@ -224,12 +250,14 @@ class _Screening:
             if entry.norm > self._most_norm:
                 update = shortened(update, self._most_norm / entry.norm)
             weight = min(entry.weight, most)
-            yield reply, Candidate(weight, (), update, carried, entry.reason)
+            yield reply, Candidate(weight, (), update, carried, entry.reason, entry.cut)
 
     def _update(self, entry: _Entry) -> Update:
         self._spool.seek(entry.position + sum(entry.sizes[:2]))
         parts = [self._spool.read(size) for size in entry.sizes[2:]]
-        return decode_parts(parts, layout=self._layout)
+        if entry.cut is None:
+            return decode_parts(parts, layout=self._layout)
+        return entry.cut.spread(decode_parts(parts, layout=entry.cut.layout))
 
     def _judge_sizes(self) -> None:
         """Those far larger than the median are set aside; they and the far wider have no vote."""
@@ -310,15 +338,32 @@ def tell_similarities(
         observer.on_similarity(server_round, similarities)
 
 
-def _sizes(update: Update) -> tuple[float, float, int]:
-    """The norm, the largest scale of a ternary update, and the number of nonzeros."""
+def _share(cut: Cut | None) -> float:
+    return 1.0 if cut is None else cut.share
+
+
+def num_nonzeros(update: Update) -> int:
+    """How many of an update's entries are not 0."""
+    if isinstance(update, TernaryVector):
+        return update.num_nonzeros
+    dense: Any = update.values
+    return int(np.count_nonzero(dense.cpu().numpy() if is_torch(dense) else dense))
+
+
+def _sizes(update: Update, share: float) -> tuple[float, float, float]:
+    """The norm, the largest scale of a ternary update, and the number of nonzeros.
+
+    Norm and number are what they would be if the entries that the node does not have, all but a
+    share, were like those that it has.
+    """
+    count = num_nonzeros(update) / share
     if isinstance(update, TernaryVector):
         largest = float(update.scales.max(initial=0.0))
-        return math.sqrt(update.dot(update)), largest, update.num_nonzeros
+        return math.sqrt(update.dot(update) / share), largest, count
     dense: Any = update.values
     values = dense.cpu().numpy() if is_torch(dense) else dense
-    norm = math.sqrt(float(np.square(values, dtype=np.float64).sum()))
-    return norm, 0.0, int(np.count_nonzero(values))
+    norm = math.sqrt(float(np.square(values, dtype=np.float64).sum()) / share)
+    return norm, 0.0, count
 
 
 def shortened(update: Update, factor: float) -> Update:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from flwr.app import Message
 
@@ -12,9 +13,30 @@ from compeft_fl.exchange.ledger import Transfer
 from compeft_fl.exchange.message_size import MessageSizes
 from compeft_fl.server.observer import RoundObserver, TransferObserver
 
-__all__ = ["Transfers"]
+__all__ = ["Sender", "Transfers"]
 
 _BYTES_PER_PARAMETER = 4  # of the dense comparison: float32
+
+
+class Sender(NamedTuple):
+    """What is known of the node that a reply is from.
+
+    Attributes
+    ----------
+    rank : int or None
+        Of its adapter; None: it has all of the server's.
+    density : float or None
+        The share of its update's entries that are not 0.
+    mbps : float or None
+        The speed of its link, stated or seen.
+    seconds : float or None
+        Between request and reply, less what it says that it worked.
+    """
+
+    rank: int | None = None
+    density: float | None = None
+    mbps: float | None = None
+    seconds: float | None = None
 
 
 class Transfers:
@@ -93,6 +115,7 @@ class Transfers:
         decode_seconds: float | None = None,
         node_seconds: tuple[float, float] | None = None,
         quality: tuple[float, float] | None = None,
+        sender: Sender | None = None,
     ) -> None:
         """Tell of a reply that has been read.
 
@@ -109,6 +132,8 @@ class Transfers:
             What the node says that decoding and encoding took there.
         quality : (float, float), optional
             Cosine and relative error of its update, as the node says.
+        sender : Sender, optional
+            What is known of the node and of its update.
         """
         if self._observer is None:
             return
@@ -120,6 +145,7 @@ class Transfers:
         decoding, encoding = node_seconds or (None, None)
         cosine, error = quality or (None, None)
         parameters = parameters if payload_bytes else 0
+        sender = sender or Sender()
         self._observer.on_transfer(
             Transfer(
                 time.time(),
@@ -136,5 +162,9 @@ class Transfers:
                 decoding,
                 cosine,
                 error,
+                sender.rank,
+                sender.density if payload_bytes else None,
+                sender.mbps,
+                sender.seconds,
             )
         )

@@ -17,6 +17,7 @@ from compeft_fl import adapters
 from compeft_fl.adapters.base_digest import base_digest, check_base
 from compeft_fl.app import embedded
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.node_keys import freeze
 from compeft_fl.app.tasks import stored_peft
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
 from compeft_fl.app.tasks.peft_network import quiet
@@ -86,6 +87,7 @@ def build(config: AppConfig) -> LanguageModel:
             f"peft-method {config.peft_method} does not fit {config.model}: {one_line(error)}"
         ) from error
     _round_start(model.network)
+    freeze(model.network, config)
     model.network.peft_config["default"].base_model_name_or_path = config.model
     model.network.to(model.device)  # prompts of prompt tuning
     return model

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compeft_fl import adapters
 from compeft_fl.adapters.base_digest import base_digest, check_base, note_base
 from compeft_fl.app.config import AppConfig
+from compeft_fl.app.node_keys import freeze
 from compeft_fl.app.tasks import stored_peft
 from compeft_fl.app.tasks.data import Rows, TextData
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
@@ -196,6 +197,7 @@ def build(config: AppConfig, data: TextData) -> Classifier:
         raise ConfigError(
             f"peft-method {config.peft_method} does not fit {config.model}: {error}"
         ) from error
+    freeze(network, config)
     if config.model == EMBEDDED_MODEL:
         network.peft_config["default"].base_model_name_or_path = _EMBEDDED_HUB_ID
     whole = Classifier(network, head, tokenizer, data.labels, config.max_length, digest)
