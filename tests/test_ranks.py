@@ -175,6 +175,25 @@ def test_the_mean_of_products_is_the_best_of_its_rank(count):
     np.testing.assert_array_equal(moved["head.bias"], factors["head.bias"])
 
 
+def test_where_no_factors_are_near_a_is_its_mean_and_b_the_best_for_it():
+    start = TaskVector(WHOLE, vector(99).values.copy())
+    products, mean = ProductMean(start), Average()
+    # Two nodes whose A point apart, and cancel in the mean: its product lies elsewhere.
+    dense = np.zeros((24, 24))
+    for sign in (1.0, -1.0):
+        update = TaskVector(WHOLE, (sign * 50 * vector(1).values).astype("f4"))
+        ends = {n: v.astype(float) for n, v in update.apply(start.to_dict()).items()}
+        dense += ends["q.lora_B"] @ ends["q.lora_A"] / 2
+        mean.add(update)
+        products.add(update, 1.0)
+    moved = products.replaced(mean.result()).apply(start.to_dict())
+    assert products.projected == 1
+    np.testing.assert_allclose(moved["q.lora_A"], start.to_dict()["q.lora_A"], atol=1e-5)
+    u, s, v = np.linalg.svd(dense)
+    best = (u[:, :4] * s[:4]) @ v[:4] @ np.linalg.pinv(moved["q.lora_A"].astype(float))
+    np.testing.assert_allclose(moved["q.lora_B"], best, rtol=1e-3, atol=0.1)
+
+
 def test_products_need_pairs_of_matrices():
     for tensors, said in (
         ([("w", (3, 3))], "none to multiply"),

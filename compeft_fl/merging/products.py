@@ -11,6 +11,9 @@ of lower ranks know them as.
 
 Source: FlexLoRA, https://arxiv.org/abs/2402.11505, which sends the factors of the singular value
 decomposition as they are.
+
+Where the product has directions that the mean of A hardly has, such factors would be huge. There A
+is its mean, and B the best for that, by least squares.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ Matrix = NDArray[np.float64]
 _KEPT: Final = 4  # columns that stay when a sum is made small again, in ranks
 _COLUMNS: Final = 16  # that a sum may have, in ranks
 _SMALLEST: Final = 1e-7  # singular value that counts, of the largest
-_WORST: Final = 1e4  # condition of the step from one pair of factors to another
+_WORST: Final = 30.0  # condition of the step from one pair of factors to another
 
 _PAIRS: Final = (("lora_B", "lora_A"), ("lora_embedding_B", "lora_embedding_A"))
 
@@ -135,7 +138,7 @@ class ProductMean:
         self._base: Any = base.values
         self._total = 0.0
         self._pairs = _pairs(base.layout, axes)
-        self.kept_means = 0  # products whose factors stayed the mean of the factors
+        self.projected = 0  # products whose A stayed the mean of A
 
     def add(self, update: Any, weight: float, rank: int | None = None) -> None:
         """Count the factors that an update leads to.
@@ -166,8 +169,9 @@ class ProductMean:
             mean = [_matrix(found[where], shape) for where, shape in pair.both]
             factors = factors_near(u, s / self._total, v, base[1] + mean[1])
             if factors is None:
-                self.kept_means += 1
-                continue
+                near = base[1] + mean[1]
+                self.projected += 1
+                factors = (u * (s / self._total)) @ (v @ np.linalg.pinv(near)), near
             for where, old, new in zip((pair.left, pair.right), base, factors, strict=True):
                 found[where] = (new - old).reshape(-1)
         return TaskVector(change.layout, found)

@@ -222,10 +222,10 @@ class RankMerge:
         if self._products is None:
             return merged
         merged = self._products.replaced(merged)
-        if self._products.kept_means:
+        if self._products.projected:
             LOGGER.info(
-                "%d products have no factors near the mean of the factors, which stays",
-                self._products.kept_means,
+                "%d products have no factors near the mean of the factors: A is its mean",
+                self._products.projected,
             )
         return merged
 
