@@ -214,13 +214,15 @@ def upload_seconds(num_bytes: int, mbps: float) -> float:
             done.set()
 
         threading.Thread(target=receive, daemon=True).start()
-        with Relay(server.getsockname()[1], link=Link(mbps)) as relay:
-            with socket.create_connection(("127.0.0.1", relay.ports[0])) as sender:
-                began = time.perf_counter()
-                sender.sendall(bytes(num_bytes))
-                if not done.wait(600):
-                    raise TimeoutError(f"{num_bytes} bytes did not arrive")
-                seconds = time.perf_counter() - began
+        with (
+            Relay(server.getsockname()[1], link=Link(mbps)) as relay,
+            socket.create_connection(("127.0.0.1", relay.ports[0])) as sender,
+        ):
+            began = time.perf_counter()
+            sender.sendall(bytes(num_bytes))
+            if not done.wait(600):
+                raise TimeoutError(f"{num_bytes} bytes did not arrive")
+            seconds = time.perf_counter() - began
         if relay.total(UP) != num_bytes:
             raise RuntimeError(f"expected {num_bytes} bytes, the relay counted {relay.total(UP)}")
     return seconds
