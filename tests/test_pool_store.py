@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 
+import adapter_kinds
+import peft
 import pytest
 import torch
 from expert_family import Family, bits, outputs, same
 
-from compeft_fl.errors import UnknownExpertError
+from compeft_fl.adapters import read_update, write_update
+from compeft_fl.adapters.base_digest import base_digest, base_digest_under
+from compeft_fl.errors import AdapterError, UnknownExpertError
 from compeft_fl.experts import serving
 from compeft_fl.experts.client import ExpertClient
 from compeft_fl.experts.held import Recipe
@@ -102,3 +106,40 @@ def test_threads_that_want_one_expert_fetch_it_once(lora, store):
     for thread in threads:
         thread.join()
     assert len([each for each in pulls if each == ("zero",)]) == 1
+
+
+def test_an_expert_of_another_base_is_an_error_and_of_the_same_elsewhere_is_none(lora, store):
+    client = store
+    own = base_digest(adapter_kinds.base_model()).hex()
+    model, pool = lora.pool(store=client)
+    assert base_digest_under(model).hex() == own
+    client.push(lora.folder / "trained-0", "other", init=lora.start, base_digest="ab" * 16)
+    with pytest.raises(AdapterError, match="expected the model's base, digest"), pool.use("other"):
+        pass
+    assert "other" not in pool
+    stored = read_update(lora.files[0])
+    elsewhere = stored.config | {"base_model_name_or_path": "elsewhere"}
+    file = lora.folder / "elsewhere.compeft"
+    write_update(file, stored.update, elsewhere, stored.start)
+    client.push(file, "unsaid")
+    with pytest.raises(AdapterError, match="base_model_name_or_path"), pool.use("unsaid"):
+        pass
+    client.push(file, "said", base_digest=own)
+    with pool.use("0"):
+        expected = outputs(model)
+    with pool.use("said"):
+        assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("method", ["LORA", "IA3", "PROMPT_TUNING"])
+def test_the_digest_of_the_base_under_an_adapter(method):
+    base = adapter_kinds.base_model()
+    digest = base_digest(base)
+    options = {"modules_to_save": ["lm_head", "embed_tokens"]} if method == "LORA" else {}
+    model = peft.get_peft_model(base, adapter_kinds.config(method, **options))
+    first = base_digest_under(model)
+    assert first == digest
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += 0.1 * ("o_proj" in name and not parameter.requires_grad)
+    assert base_digest_under(model) != first

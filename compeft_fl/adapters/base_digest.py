@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,15 @@ from compeft_fl.printable import one_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["BASE_DIGEST_BYTES", "BASE_FILE", "base_digest", "check_base", "note_base", "noted_base"]
+__all__ = [
+    "BASE_DIGEST_BYTES",
+    "BASE_FILE",
+    "base_digest",
+    "base_digest_under",
+    "check_base",
+    "note_base",
+    "noted_base",
+]
 
 BASE_DIGEST_BYTES: Final = 16
 BASE_FILE: Final = "base.json"
@@ -71,8 +80,34 @@ def base_digest(model: nn.Module) -> bytes:
     if hasattr(model, "peft_config"):
         raise ParameterError("expected a base model without an adapter, found a PEFT model")
     trunk = getattr(model, "base_model", model)  # transformers' models without their head
+    return _digest(dict(trunk.named_parameters()))
+
+
+def base_digest_under(model: Any) -> bytes:
+    """`base_digest` of the model under a PEFT model's adapters, which are left out.
+
+    Raises
+    ------
+    ParameterError
+        Weights that an adapter is merged into, or without values.
+    """
+    if any(getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise ParameterError("expected a base model beside its adapter, found it merged")
+    base = model.get_base_model()
+    trunk = getattr(base, "base_model", base)
+    own = getattr(model.base_model, "prefix", None)  # of the names of a method's parameters
+    found = {}
+    for name, parameter in trunk.named_parameters():
+        parts = name.split(".")
+        if "modules_to_save" in parts or (own and any(part.startswith(own) for part in parts)):
+            continue
+        found[".".join(p for p in parts if p not in ("base_layer", "original_module"))] = parameter
+    return _digest(found)
+
+
+def _digest(parameters: Mapping[str, Any]) -> bytes:
     digest = hashlib.blake2b(digest_size=BASE_DIGEST_BYTES)
-    for name, parameter in sorted(trunk.named_parameters()):
+    for name, parameter in sorted(parameters.items()):
         kind, samples = _sampled(name, parameter)
         digest.update(f"{name} {kind}\n".encode())
         digest.update(samples)

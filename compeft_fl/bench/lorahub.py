@@ -23,20 +23,52 @@ import numpy as np
 from compeft_fl.adapters import StoredUpdate, load_folder
 from compeft_fl.adapters.compression import compress_adapter, keep_adapter
 from compeft_fl.app.config import AppConfig
-from compeft_fl.app.tasks import data, model, training
+from compeft_fl.app.tasks import data, few_shot, model, training
 from compeft_fl.bench import results
 from compeft_fl.experts.composition import compose
 from compeft_fl.experts.held import Recipe
 from compeft_fl.experts.pool import ExpertPool
 
-__all__ = ["Case", "cases", "measure", "summary", "train_experts"]
+__all__ = ["FULL", "QUICK", "Case", "Plan", "cases", "measure", "summary", "train_experts"]
 
 TASKS: Final = ("section", "role", "interface", "lang")
-VARIANTS: Final = 4
-SHOTS: Final = 4  # examples a class
 SEEDS: Final = 5
 DENSITY: Final = 0.05
 _FILE: Final = "lorahub.csv"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained and measured.
+
+    Attributes
+    ----------
+    variants : int
+        Experts a task.
+    steps : int
+        Of training, each with 16 rows.
+    shots : int
+        Examples a class.
+    evaluations : int
+        Of a search.
+    test_rows : int
+        At most so many of a task are scored, the same for all.
+    """
+
+    variants: int
+    steps: int
+    shots: int
+    evaluations: int
+    test_rows: int
+
+    @property
+    def candidates(self) -> int:
+        """The experts of all tasks but one."""
+        return self.variants * (len(TASKS) - 1)
+
+
+FULL: Final = Plan(variants=7, steps=100, shots=4, evaluations=40, test_rows=10_000)
+QUICK: Final = Plan(variants=3, steps=30, shots=2, evaluations=24, test_rows=200)
 
 
 @dataclass(frozen=True)
@@ -57,50 +89,51 @@ class Case:
     task: str
     form: str
     method: str
-    candidates: int = 12
-    evaluations: int = 40
-    seed: int = 0
+    candidates: int
+    evaluations: int
+    seed: int
 
 
-def cases(quick: bool = False) -> Iterator[Case]:
+def cases(plan: Plan, *, sweep: bool = True) -> Iterator[Case]:
     """All that is measured, the figure's own cases first."""
-    tasks, seeds = (TASKS[1:2], 1) if quick else (TASKS, SEEDS)
-    forms = ("dense", "compressed")
-    for task in tasks:
+    forms, most = ("dense", "compressed"), (plan.candidates, plan.evaluations)
+    for task in TASKS:
         yield Case(task, "dense", "none", 0, 0, 0)
-    for method in ("factors", "changes", "average", "ties"):
-        for task, seed, form in itertools.product(tasks, range(seeds), forms):
-            yield Case(task, form, method, seed=seed)
-    if not quick:
-        for candidates, evaluations in ((12, 80), (12, 20), (4, 40), (8, 40)):
-            for task, seed, form in itertools.product(tasks, range(seeds), forms):
-                yield Case(task, form, "factors", candidates, evaluations, seed)
+    sizes = [("factors", *most)]
+    if sweep:
+        sizes += [(method, *most) for method in ("changes", "average", "ties")]
+        sizes += [("factors", most[0], n * most[1] // 2) for n in (1, 4)]
+        sizes += [("factors", most[0] // n, most[1]) for n in (2, 4)]
+    for (method, candidates, evaluations), seed in itertools.product(sizes, range(SEEDS)):
+        for task, form in itertools.product(TASKS, forms):
+            yield Case(task, form, method, candidates, evaluations, seed)
 
 
 # --- the experts ----------------------------------------------------------------------------------
 
 
-def train_experts(folder: Path, tasks: Sequence[str] = TASKS, variants: int = VARIANTS) -> None:
+def train_experts(folder: Path, plan: Plan) -> None:
     """Train what is not there yet: ``folder/TASK-VARIANT``, and the start, ``folder/start``."""
-    wanted = [(task, variant) for variant in range(variants) for task in tasks]
+    wanted = [(task, variant) for variant in range(plan.variants) for task in TASKS]
     with results.Progress("experts", len(wanted)) as progress:
         for task, variant in wanted:
             target = folder / f"{task}-{variant}"
             progress.step(target.name, 1)
             if target.exists():
                 continue
-            rows = _half(data.load(_config(task)), [TASKS.index(task), variant])
-            classifier = model.build(_config(task), rows)
+            rows = _half(data.load(_config(task, plan)), [TASKS.index(task), variant])
+            classifier = model.build(_config(task, plan), rows)
             if not (folder / "start").exists():
                 _save(classifier, folder / "start", {})
-            trained = training.train(classifier, rows.train, _config(task), seed=variant)
+            trained = training.train(classifier, rows.train, _config(task, plan), seed=variant)
             _save(classifier, target, {"loss": trained.loss})
 
 
-def _config(task: str) -> AppConfig:
+def _config(task: str, plan: Plan) -> AppConfig:
     return AppConfig(
-        data=f"debian-{task}", learning_rate=0.003, batch_size=16, local_steps=60, device="cpu"
-    )
+        data=f"debian-{task}", learning_rate=0.003, batch_size=16, local_steps=plan.steps,
+        device="cpu",
+    )  # fmt: skip
 
 
 def _half(task: data.TextData, seed: Sequence[int]) -> data.TextData:
@@ -139,7 +172,7 @@ def stored(folder: Path, start: Path, form: str) -> StoredUpdate:
 # --- composing ------------------------------------------------------------------------------------
 
 
-def measure(out: Path, experts: Path, wanted: Sequence[Case]) -> list[dict[str, Any]]:
+def measure(out: Path, experts: Path, plan: Plan, wanted: Sequence[Case]) -> list[dict[str, Any]]:
     """Score what has not been scored yet, and return all rows."""
     file = out / _FILE
     rows = _read(file)
@@ -150,7 +183,7 @@ def measure(out: Path, experts: Path, wanted: Sequence[Case]) -> list[dict[str, 
         for case in left:
             progress.step(" ".join(map(str, asdict(case).values())), 1)
             if case.task not in tasks:
-                tasks[case.task] = _Task(case.task, experts)
+                tasks[case.task] = _Task(case.task, experts, plan)
             rows.append({**asdict(case), **tasks[case.task].score(case)})
             results.write_csv(file, rows)
     return rows
@@ -170,10 +203,11 @@ def _read(file: Path) -> list[dict[str, Any]]:
 class _Task:
     """A task that is left out, with a model, and the other tasks' experts in two pools."""
 
-    def __init__(self, name: str, experts: Path) -> None:
-        self.name = name
-        self._config = _config(name)
+    def __init__(self, name: str, experts: Path, plan: Plan) -> None:
+        self._shots, self._config = plan.shots, _config(name, plan)
         self._data = data.load(self._config)
+        order = np.random.default_rng(0).permutation(len(self._data.test))
+        self._test = self._data.test.take(order[: plan.test_rows])
         self._classifier = model.build(self._config, self._data)
         self._classifier.eval()
         self._names = sorted(
@@ -192,7 +226,7 @@ class _Task:
         """Accuracy on the test rows, in percent, and the loss on the examples."""
         pool = self._pools[case.form]
         rng = np.random.default_rng([case.seed, TASKS.index(case.task)])
-        loss = self._loss(self._examples(rng))
+        loss = few_shot.loss_on(self._classifier, self._examples(rng))
         count = min(case.candidates, len(self._names))
         drawn = sorted(str(name) for name in rng.choice(self._names, count, replace=False))
         if case.method == "none":
@@ -210,26 +244,13 @@ class _Task:
     def _examples(self, rng: np.random.Generator) -> data.Rows:
         rows = self._data.train
         chosen = [
-            rng.choice(np.flatnonzero(rows.classes == label), SHOTS, replace=False)
+            rng.choice(np.flatnonzero(rows.classes == label), self._shots, replace=False)
             for label in range(len(self._data.labels))
         ]
         return rows.take(np.concatenate(chosen))
 
-    def _loss(self, rows: data.Rows) -> Any:
-        import torch
-
-        batch = self._classifier.batch(self._classifier.tokenize(rows.texts))
-        classes = torch.as_tensor(rows.classes)
-
-        def loss() -> float:
-            with torch.inference_mode():
-                logits = self._classifier(batch)
-            return float(torch.nn.functional.cross_entropy(logits, classes))
-
-        return loss
-
     def _accuracy(self) -> float:
-        return 100 * training.evaluate(self._classifier, self._data.test, self._config).accuracy
+        return 100 * training.evaluate(self._classifier, self._test, self._config).accuracy
 
 
 # --- the answer -----------------------------------------------------------------------------------

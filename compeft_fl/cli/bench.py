@@ -15,6 +15,7 @@ BENCHES: Final = {
     "learning": "accuracy against bytes, every codec and strategy on one federation",
     "few": "accuracy against bytes where few of many nodes take part in a round",
     "merge": "merging against PEFT and mergekit: time, memory, equality",
+    "experts": "compressed experts: fetched, swapped, held in memory, composed",
 }
 
 _DESCRIPTION = """\
@@ -52,6 +53,10 @@ def add_parser(commands: Any) -> None:
             )  # fmt: skip
             bench.add_argument(
                 "--only", choices=("adapters", "steps", "flowertune"), help="one part of it"
+            )  # fmt: skip
+        if name == "experts":
+            bench.add_argument(
+                "--only", choices=("links", "swaps", "memory", "lorahub"), help="one part of it"
             )  # fmt: skip
         bench.set_defaults(handler=run, bench=name)
         if name in ("learning", "few"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from compeft_fl import codecs
+from compeft_fl.cli.compose import add_compose
 from compeft_fl.cli.experts_serve import add_serve, add_token
 from compeft_fl.cli.tables import Table, say
 from compeft_fl.compeft import SUPPORTS
@@ -25,7 +26,7 @@ from compeft_fl.results.units import size
 if TYPE_CHECKING:
     from compeft_fl.experts import Expert, ExpertClient
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "client_of"]
 
 _EPILOG: Final = """\
 examples:
@@ -88,6 +89,8 @@ def add_parser(commands: Any) -> None:
     describe = _add(actions, "describe", _describe, "show what is known of an adapter")
     describe.add_argument("reference", metavar="NAME[@VERSION|@DIGEST]")
 
+    add_compose(_add, actions)
+
     delete = _add(actions, "delete", _delete, "remove a version, or all of a name")
     delete.add_argument("reference", metavar="NAME[@VERSION]")
 
@@ -129,7 +132,8 @@ def _add(
 
 
 @contextlib.contextmanager
-def _client(options: argparse.Namespace) -> Iterator[ExpertClient]:
+def client_of(options: argparse.Namespace) -> Iterator[ExpertClient]:
+    """The client that a command's arguments ask for."""
     from compeft_fl.experts import ExpertClient
 
     token = None
@@ -145,7 +149,7 @@ def _client(options: argparse.Namespace) -> Iterator[ExpertClient]:
 def _push(options: argparse.Namespace) -> int:
     tags = dict(_pairs("--tag", options.tag))
     metrics = {key: _number(key, text) for key, text in _pairs("--metric", options.metric)}
-    with _client(options) as client, _progress(f"push {options.name}") as progress:
+    with client_of(options) as client, _progress(f"push {options.name}") as progress:
         expert = client.push(
             options.source, options.name, init=options.init, tags=tags, metrics=metrics,
             base_digest=options.base_digest, progress=progress, density=options.density,
@@ -162,7 +166,7 @@ def _pull(options: argparse.Namespace) -> int:
 
     if options.to is not None:
         check_output(options.to, force=options.force)
-    with _client(options) as client, _progress(f"pull {options.reference}") as progress:
+    with client_of(options) as client, _progress(f"pull {options.reference}") as progress:
         pulled = client.pull(options.reference, progress=progress)
         if options.to is not None:
             pulled.save(options.to, force=options.force)
@@ -176,7 +180,7 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with client_of(options) as client:
         experts = client.list()
     if options.json:
         return _print_json([expert.to_json() for expert in experts])
@@ -185,7 +189,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with client_of(options) as client:
         found = client.search(
             " ".join(options.words), tags=dict(_pairs("--tag", options.tag)),
             base_model=options.base, like=options.like, limit=options.limit,
@@ -199,7 +203,7 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with client_of(options) as client:
         expert, versions = client.describe(options.reference)
     told = expert.to_json()
     if options.json:
@@ -225,7 +229,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def _delete(options: argparse.Namespace) -> int:
-    with _client(options) as client:
+    with client_of(options) as client:
         count = client.delete(options.reference)
     if options.json:
         return _print_json({"versions": count})
@@ -236,7 +240,7 @@ def _delete(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     with _progress("check", bytes_=False) as progress:
         if options.store is None:
-            with _client(options) as client:
+            with client_of(options) as client:
                 count, problems = client.check(progress)
         else:
             count, problems = _check_store(options.store, progress)

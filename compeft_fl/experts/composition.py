@@ -19,7 +19,7 @@ from compeft_fl.experts.held import Recipe
 if TYPE_CHECKING:
     from compeft_fl.experts.pool import ExpertPool
 
-__all__ = ["RULES", "Composition", "Trial", "compose"]
+__all__ = ["RULES", "Composition", "Trial", "check_budget", "compose"]
 
 RULES: Final = {"factors": "lorahub", "changes": "task-arithmetic"}
 """What a weight multiplies: each of an expert's tensors, as the paper has it, or its change."""
@@ -128,8 +128,7 @@ def compose(
         raise ParameterError(f"expected a rule among {', '.join(RULES)}; found {rule!r}")
     if not experts or len(set(experts)) < len(experts):
         raise ParameterError(f"expected experts, each once, found {len(experts)}")
-    if evaluations < 2:
-        raise ParameterError(f"expected at least 2 evaluations, found {evaluations}")
+    check_budget(evaluations)
     optimizer = _optimizer(len(experts), evaluations, seed)
     trials: list[Trial] = []
     with warnings.catch_warnings():
@@ -151,11 +150,24 @@ def compose(
     return Composition(_recipe(experts, best.weights, rule), best, tuple(trials), rule, seed)
 
 
+def check_budget(evaluations: int) -> None:
+    """Raise unless there is a search of so many evaluations, before any work is done.
+
+    Raises
+    ------
+    MissingPackageError, ParameterError
+        As `compose`.
+    """
+    if not 2 <= evaluations <= 100_000:
+        raise ParameterError(f"expected 2 .. 100000 evaluations, found {evaluations}")
+    _nevergrad()
+
+
 def _recipe(experts: Sequence[str], weights: Sequence[float], rule: str) -> Recipe:
     return Recipe(tuple(zip(experts, weights, strict=True)), RULES[rule])
 
 
-def _optimizer(dimensions: int, budget: int, seed: int) -> Any:
+def _nevergrad() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -164,8 +176,13 @@ def _optimizer(dimensions: int, budget: int, seed: int) -> Any:
         raise MissingPackageError(
             "composing needs nevergrad, which is not installed: pip install 'compeft-fl[compose]'"
         ) from None
+    return nevergrad
+
+
+def _optimizer(dimensions: int, budget: int, seed: int) -> Any:
     import numpy as np
 
+    nevergrad = _nevergrad()
     array = nevergrad.p.Array(init=np.zeros(dimensions)).set_bounds(-BOUND, BOUND)
     array.random_state.seed(seed)
     return nevergrad.optimizers.registry[OPTIMIZER](parametrization=array, budget=budget)

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compeft_fl.adapters import Adapter, StoredUpdate, load_folder, read_update, restore
+from compeft_fl.adapters.base_digest import base_digest_under
 from compeft_fl.adapters.live import Kind, LiveAdapter
 from compeft_fl.adapters.meaning import check_same
 from compeft_fl.adapters.merge import check_comparable, check_mergeable
 from compeft_fl.adapters.starts import tag_of
-from compeft_fl.errors import ParameterError, UnknownExpertError
+from compeft_fl.errors import AdapterError, ParameterError, UnknownExpertError
 from compeft_fl.experts.cache import parse_size
 from compeft_fl.experts.held import Held, Recipe
 from compeft_fl.experts.merged import Merged
@@ -32,6 +33,7 @@ from compeft_fl.task_vector import TaskVector
 
 if TYPE_CHECKING:
     from compeft_fl.experts.client import ExpertClient
+    from compeft_fl.experts.expert import Expert
 
 __all__ = ["ExpertPool"]
 
@@ -61,6 +63,8 @@ class ExpertPool:
     any_base : bool
         Take an expert whose configuration names another base model than the model's: the same
         weights in another folder. Digests are compared all the same, where they are known.
+    base_digest : str
+        Of the base's weights (`compeft_fl.adapters.base_digest`), where it is known already.
 
     Raises
     ------
@@ -79,6 +83,7 @@ class ExpertPool:
         adapter_name: str = "default",
         init: str | os.PathLike[str] | Adapter | None = None,
         any_base: bool = False,
+        base_digest: str = "",
     ) -> None:
         self._shelf = Shelf(parse_size(memory))
         if init is not None and not isinstance(init, Adapter):
@@ -87,6 +92,8 @@ class ExpertPool:
         self._model = model
         self._client = _client(store)
         self._any_base = any_base
+        self._base_digest = base_digest
+        self._references: dict[str, str] = {}
         self._kinds: dict[Kind, Kind] = {}
         self._configs: dict[str, dict[str, Any]] = {}
         self._table = threading.Lock()  # of the three around it
@@ -115,6 +122,15 @@ class ExpertPool:
     def nbytes(self) -> int:
         """The bytes of experts in memory."""
         return self._shelf.nbytes
+
+    def held(self, name: str) -> Held | None:
+        """How an expert is in memory; None: it is not, or is merged from others that are."""
+        return self._shelf.held(name)
+
+    def reference(self, name: str) -> str:
+        """Which version of an expert of the store this is: ``NAME@VERSION``; else the name."""
+        with self._table:
+            return self._references.get(name, name)
 
     @property
     def active(self) -> str | Recipe | None:
@@ -163,8 +179,8 @@ class ExpertPool:
         AdapterError, LayoutError, ParameterError
             As `add`.
         """
-        stored, reference = self._pull(name)
-        self._put(name, stored, lambda: self._pull(reference)[0])
+        stored, reference, same_base = self._pull(name)
+        self._put(name, stored, lambda: self._pull(reference)[0], any_base=same_base)
 
     def merge(
         self,
@@ -360,7 +376,7 @@ class ExpertPool:
                     if self._shelf.held(name) is not None:  # another thread was first
                         continue
                     if member is not None and member.load is not None:
-                        self._put(name, member.load(), member.load)
+                        self._put(name, member.load(), member.load, any_base=True)
                     else:
                         self.fetch(name)
 
@@ -369,18 +385,38 @@ class ExpertPool:
             self._ready(name)
         return held
 
-    def _pull(self, name: str) -> tuple[StoredUpdate, str]:
-        """An expert of the store, and the reference to this very version."""
+    def _pull(self, name: str) -> tuple[StoredUpdate, str, bool]:
+        """An expert of the store, the reference to this very version, and is its base known ours?
+
+        Raises
+        ------
+        AdapterError
+            Its base model's digest is another.
+        """
         if self._client is None:
             known = ", ".join(self.names()[:10]) or "none"
             raise UnknownExpertError(
                 f"expected an expert of the pool ({known}), found {quoted(name)}"
             )
         pulled = self._client.pull(name)
+        expert = pulled.expert
+        if expert.base_digest:
+            self._check_base(expert)
         if pulled.start is not None:
             self._live.offer_start(pulled.start.adapter())
-        known = pulled.expert
-        return pulled.read(), f"{known.name}@{known.digest}"
+        with self._table:
+            self._references[name] = expert.reference
+        return pulled.read(), f"{expert.name}@{expert.digest}", bool(expert.base_digest)
+
+    def _check_base(self, expert: Expert) -> None:
+        with self._in_model:
+            if not self._base_digest:
+                self._base_digest = base_digest_under(self._model).hex()
+        if expert.base_digest != self._base_digest:
+            raise AdapterError(
+                f"{expert.reference}: expected the model's base, digest {self._base_digest}, found "
+                f"an expert of {quoted(expert.base_model)}, digest {expert.base_digest}"
+            )
 
     def _kind(self, stored: StoredUpdate) -> Kind:
         start = stored.start or tag_of(stored.config, stored.update.layout)[0]
@@ -388,8 +424,10 @@ class ExpertPool:
         with self._table:
             return self._kinds.setdefault(kind, kind)
 
-    def _put(self, name: str, stored: StoredUpdate, load: Load | None) -> None:
-        check_same(self._live.config, stored.config, any_base=self._any_base)
+    def _put(
+        self, name: str, stored: StoredUpdate, load: Load | None, *, any_base: bool = False
+    ) -> None:
+        check_same(self._live.config, stored.config, any_base=any_base or self._any_base)
         kind = self._kind(stored)
         self._live.check(kind, stored.carried)
         text = json.dumps(stored.config, sort_keys=True)

