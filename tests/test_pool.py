@@ -238,8 +238,21 @@ def test_lorahub_weighs_the_factors_themselves(lora):
         assert all(not t.any() for t in peft.get_peft_model_state_dict(model).values())
 
 
-def test_merging_what_does_not_go_together(lora):
-    _, pool = lora.pool()
+def test_merging_what_does_not_go_together(lora, tmp_path):
+    model, pool = lora.pool()
+    whole = keep_adapter(load_folder(lora.folder / "trained-0"))
+    config = load_folder(lora.start).config
+    write_update(tmp_path / "whole.compeft", whole.update, config, whole.start, "dense")
+    pool.add("whole", tmp_path / "whole.compeft")
+    before = bits(model)
+    with (
+        pytest.raises(AdapterError, match="members of one start"),
+        pool.use(Recipe.of({"0": 1, "whole": 1})),
+    ):
+        pass
+    assert same(bits(model), before)
+    with pytest.raises(AdapterError, match="different starts"):
+        pool.merge("mixed", {"0": 1, "whole": 1})
     pool.merge("sum", {"0": 1, "1": 1}, "task-arithmetic")
     with pytest.raises(ParameterError, match="not merged"):
         pool.merge("again", {"sum": 1, "1": 1})

@@ -31,6 +31,7 @@ __all__ = [
     "check_comparable",
     "check_mergeable",
     "check_settings",
+    "check_start",
     "is_by_factors",
 ]
 
@@ -271,9 +272,23 @@ def check_settings(method: str, scaling: float | None, tie: str | None) -> None:
 def check_mergeable(stored: StoredUpdate, method: str) -> None:
     """Raise AdapterError where a file cannot be merged by a method, whatever the others are."""
     check_known(stored.config)
-    if changes_base(stored.config) and not stored.needs_init and method != "average":
+    check_start(stored.config, stored.start, method)
+
+
+def check_start(config: Mapping[str, Any], start: str, method: str) -> None:
+    """Raise AdapterError where a method needs a start that an adapter's update is not relative to.
+
+    Parameters
+    ----------
+    config : mapping
+        The adapter's configuration.
+    start : str
+        The tag of `Start`.
+    method : str
+    """
+    if changes_base(config) and not start.startswith("blake2b:") and method != "average":
         raise AdapterError(
-            f"init_lora_weights {stored.config['init_lora_weights']!r} takes the start out of "
+            f"init_lora_weights {config['init_lora_weights']!r} takes the start out of "
             f"the base's weights, so that {method} needs it: compress with --init DIR"
         )
 

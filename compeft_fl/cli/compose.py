@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -117,19 +118,17 @@ def _candidates(client: ExpertClient, options: argparse.Namespace) -> list[str]:
         return list(dict.fromkeys(name.strip() for name in options.experts.split(",")))
     base = EMBEDDED_HUB_ID if options.model == EMBEDDED_MODEL else options.model
     if options.search:
-        most = min(100, 2 * options.candidates)
-        found = client.search(options.search, base_model=base, limit=most)
-        names = [each.expert.name for each in found]
+        most = min(100, 4 * options.candidates)
+        found = [each.expert for each in client.search(options.search, base_model=base, limit=most)]
     else:
-        names = [
-            each.name
-            for each in client.list()
-            if each.base_model == base and each.tags.get("role") != "start"
-        ]
-        random.Random(options.seed).shuffle(names)
-    if not names:
+        found = [each for each in client.list() if each.base_model == base]
+        random.Random(options.seed).shuffle(found)
+    found = [each for each in found if each.tags.get("role") != "start"]
+    if not found:
         raise AdapterError(f"expected experts of {base} in the store, found none")
-    return names
+    # Only experts of one start can be summed: those of the one that most have.
+    start, _ = Counter(each.start for each in found).most_common(1)[0]
+    return [each.name for each in found if each.start == start]
 
 
 def _ready(
@@ -139,6 +138,7 @@ def _ready(
     from compeft_fl.adapters import save_folder
     from compeft_fl.app.config import AppConfig
     from compeft_fl.app.tasks import model
+    from compeft_fl.experts.held import Recipe
     from compeft_fl.experts.pool import ExpertPool
 
     first = client.pull(names[0])
@@ -152,6 +152,8 @@ def _ready(
             break
         try:
             pool.fetch(name)
+            if fitting:
+                pool.check(Recipe.of(dict.fromkeys((fitting[0], name), 1.0)))
             fitting.append(name)
         except (AdapterError, LayoutError, ConfigError) as error:
             print(f"left out {one_line(name, 100)}: {one_line(error, 300)}", file=sys.stderr)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from compeft_fl.adapters.files import CARRIED_MAGIC, PARTS_MAGIC, parts_of
 from compeft_fl.errors import BrokenExpertError, CompeftError, LayoutError
 from compeft_fl.exchange.grid import Grid
-from compeft_fl.kernels import cpu_steps
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import iter_parts
 from compeft_fl.wire.opening import Opened, open_update
@@ -40,6 +39,8 @@ def grid_options(tau: TaskVector) -> dict[str, Any]:
 
     The cuts follow from the values alone, so two who encode the same values write the same bytes.
     """
+    from compeft_fl.kernels import cpu_steps  # compiles; and vLLM's workers fall over llvmlite
+
     values: Any = tau.values
     cuts, last = [], None
     for _, where in tau.layout.slices():

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.adapters.carried import merge_carried
-from compeft_fl.adapters.merge import MergeRule, is_by_factors
+from compeft_fl.adapters.merge import MergeRule, check_start, is_by_factors
 from compeft_fl.codecs.base import Update, cut
+from compeft_fl.errors import AdapterError
 from compeft_fl.experts.held import Held, Recipe
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
@@ -37,6 +38,11 @@ class Merged:
         As `Held` has them.
     start_weight : float
         How much the start counts beside the merged change.
+
+    Raises
+    ------
+    AdapterError
+        Members of different starts, or a start that the method needs.
     """
 
     def __init__(
@@ -46,6 +52,12 @@ class Merged:
         unpacked: Callable[[Held], Held],
     ) -> None:
         first = members[0][0]
+        if any(held.kind != first.kind for held, _ in members):
+            raise AdapterError(
+                "expected members of one start, found others: what one adds to its start, another "
+                "may have in it"
+            )
+        check_start(first.config, first.kind.start, recipe.method)
         self.kind, self.config = first.kind, first.config
         self._rule = MergeRule(
             recipe.method,

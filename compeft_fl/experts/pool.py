@@ -213,7 +213,7 @@ class ExpertPool:
             if isinstance(members, Recipe)
             else Recipe.of(members, method, scaling=scaling, tie=tie)
         )
-        self._check_recipe(recipe)
+        self.check(recipe)
         self._shelf.put_recipe(name, recipe)
         return recipe
 
@@ -340,7 +340,8 @@ class ExpertPool:
         member = self._shelf.find(expert)
         return None if member is None else member.recipe
 
-    def _check_recipe(self, recipe: Recipe) -> None:
+    def check(self, recipe: Recipe) -> None:
+        """Raise where a recipe's members cannot be merged as it says; as `merge` does."""
         first: StoredUpdate | None = None
         for name, _ in recipe.members:
             self._ready(name)

@@ -7,11 +7,15 @@ objects that it has handed out, asks the store every few seconds for a newer ver
 them to it: another path and another number, which is another adapter to vLLM. Requests that are
 being answered go on with the version that they began with, as the engine is another process. A name
 with a version or a digest (``sections@3``) never changes.
+
+vLLM imports this in all of its processes, and some of those trip over llvmlite (0.32: "has no
+attribute 'get'"): nothing that this module imports may import numba.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import os
@@ -23,11 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from compeft_fl.errors import CompeftError, ParameterError
-from compeft_fl.experts.client import ExpertClient
 from compeft_fl.printable import one_line, quoted
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+    from compeft_fl.experts.client import ExpertClient
 
 __all__ = ["VARIABLES", "Resolver", "Settings", "register"]
 
@@ -98,16 +103,27 @@ class Resolver:
 
     Parameters
     ----------
-    client : ExpertClient
     settings : Settings
+    client : ExpertClient, optional
+        Default: made of the environment when a name is first asked for, since vLLM registers its
+        resolvers in processes that never ask.
     """
 
-    def __init__(self, client: ExpertClient, settings: Settings) -> None:
-        self._client, self._settings = client, settings
-        self._folders = settings.folders or Path(tempfile.mkdtemp(prefix="compeft-fl-vllm-"))
+    def __init__(self, settings: Settings, client: ExpertClient | None = None) -> None:
+        self._settings, self._own = settings, client
         self._given: dict[str, _Given] = {}
         self._ids: Iterator[int] = itertools.count(_FIRST_ID)
         self._watch: asyncio.Task[None] | None = None
+
+    @functools.cached_property
+    def _client(self) -> ExpertClient:
+        from compeft_fl.experts.client import ExpertClient
+
+        return self._own or ExpertClient()
+
+    @functools.cached_property
+    def _folders(self) -> Path:
+        return self._settings.folders or Path(tempfile.mkdtemp(prefix="compeft-fl-vllm-"))
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The request for an expert; None, which vLLM makes a 404 of, where there is none."""
@@ -178,6 +194,6 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    resolver: Any = Resolver(ExpertClient(), Settings.from_environment())
+    resolver: Any = Resolver(Settings.from_environment())
     LoRAResolver.register(Resolver)
     LoRAResolverRegistry.register_resolver("compeft-fl", resolver)
