@@ -140,7 +140,7 @@ def lorahub_table(
             row["method"], str(row["candidates"]), str(row["evaluations"]),
             f"{row['dense']:.2f} ± {row['dense_error']:.2f} %",
             f"{row['compressed']:.2f} ± {row['compressed_error']:.2f} %",
-            "yes" if row["within_one_error"] else "no",
+            ("yes" if row["within_one_error"] else "no") if row["dense_error"] else "-",
         ]
         for row in lorahub.summary(rows)
     ]  # fmt: skip

@@ -40,7 +40,8 @@ REFRESH = 1.0
 def make_base(folder: Path) -> None:
     """Save a Llama of random weights, small, with the embedded model's tokenizer."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    # Heads of 64: vLLM's attention on CPUs has none of 16.
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256}
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
