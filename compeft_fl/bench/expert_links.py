@@ -45,7 +45,7 @@ def computed_rows(bench: Bench, repeats: int = 3) -> list[dict[str, Any]]:
                 usable()
                 seconds.append(time.perf_counter() - start)
             local = statistics.median(seconds)
-            row = {
+            row: dict[str, Any] = {
                 "size": bench.size,
                 "parameters": bench.num_parameters,
                 "sent_as": name,
@@ -76,7 +76,7 @@ def _contenders(bench: Bench, folder: Path) -> Iterator[tuple[str, int, Callable
             for name, tensor in live.items():
                 tensor.copy_(torch.as_tensor(state[name]))
 
-    dense = {name: tensor.to(torch.bfloat16) for name, tensor in bench.dense_state(expert).items()}
+    dense = {name: tensor.to(torch.bfloat16) for name, tensor in bench.dense_state().items()}
     blob = safetensors.torch.save(dense)
     yield DENSE, len(blob), lambda: put(safetensors.torch.load(blob))
     if packages.why_missing("numcodecs") is None:
@@ -127,7 +127,7 @@ def measured_rows(bench: Bench, links: tuple[int, ...] = LINKS) -> list[dict[str
         expert = bench.expert()
         size = bench.file(folder / "expert.compeft", expert)
         dense = folder / "dense.safetensors"
-        state = {n: t.bfloat16() for n, t in bench.dense_state(expert).items()}
+        state = {n: t.bfloat16() for n, t in bench.dense_state().items()}
         safetensors.torch.save_file(state, dense)
         with serving.running(folder / "store") as server:
             with ExpertClient(server.address, cache=folder / "pushed") as client:

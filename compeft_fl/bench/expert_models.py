@@ -114,11 +114,11 @@ class Bench:
         """Write an expert as a ``.compeft`` file; its size in bytes."""
         return write_update(path, expert.update, expert.config, expert.start, codec)
 
-    def dense_state(self, expert: StoredUpdate) -> dict[str, Any]:
-        """The same as dense tensors of the model's data type, by PEFT's names."""
+    def dense_state(self, seed: int = 0) -> dict[str, Any]:
+        """What an expert was compressed from: tensors of the model's data type, by PEFT's names."""
         import torch
 
-        values = expert.update.to_task_vector().to_dict()
+        values = self.task_vector(seed).to_dict()
         dtype = getattr(torch, self.dtype)
         return {name: torch.as_tensor(value).to(dtype) for name, value in values.items()}
 

@@ -65,7 +65,7 @@ def _ways(bench: Bench) -> dict[str, Callable[[int], Any]]:
 
     model = bench.model
     experts = [bench.expert(seed) for seed in range(2)]
-    dense = [bench.dense_state(expert) for expert in experts]
+    dense = [bench.dense_state(seed) for seed in range(2)]
     pools = {}
     for name in OURS:
         pool = ExpertPool(model, memory="8 GiB")

@@ -34,7 +34,7 @@ __all__ = ["FULL", "QUICK", "Case", "Plan", "cases", "measure", "summary", "trai
 TASKS: Final = ("section", "role", "interface", "lang")
 SEEDS: Final = 5
 DENSITY: Final = 0.05
-_FILE: Final = "lorahub.csv"
+_FILE: Final = "experts_lorahub.csv"
 
 
 @dataclass(frozen=True)
