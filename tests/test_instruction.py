@@ -14,7 +14,7 @@ from language_models import pairs, save_llama, write_rows
 
 from compeft_fl.adapters.base_digest import noted_base
 from compeft_fl.app import tasks
-from compeft_fl.app.tasks import fine_tuning, language_model
+from compeft_fl.app.tasks import base, fine_tuning, language_model
 from compeft_fl.app.tasks.base import learning_rate
 from compeft_fl.app.tasks.instruction import InstructionTuning
 from compeft_fl.errors import AdapterError, ConfigError, MissingPackageError
@@ -212,7 +212,7 @@ def test_scoring_in_4_bits_leaves_gradients_as_they_are(instruct_config):
 
 
 def test_4_bits_without_bitsandbytes_say_what_to_install(instruct_config, monkeypatch):
-    monkeypatch.setattr(language_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"4bit needs bitsandbytes.*pip install"):
         built(instruct_config, quantization="4bit")
 

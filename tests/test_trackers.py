@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,13 +70,19 @@ def test_mlflow_gets_scores_and_keys(tmp_path):
     assert status == "FINISHED"
 
 
+def write_elsewhere(name, folder):
+    """In a process of its own: wandb leaves one behind, and trackio reads its folder at import."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, test_trackers;"
+        "test_trackers.write_two_rounds(sys.argv[2], pathlib.Path(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), name, str(folder)]
+    subprocess.run(command, check=True, timeout=120)
+
+
 def test_wandb_stays_offline(tmp_path):
     pytest.importorskip("wandb")
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; import test_trackers;"
-        "test_trackers.write_two_rounds('wandb', Path(sys.argv[1]))"
-    )  # wandb keeps a process of its own, which ends with the one that began
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+    write_elsewhere("wandb", tmp_path)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = run.glob("run-*.wandb")
     assert b"test/accuracy" in file.read_bytes()
@@ -83,12 +90,12 @@ def test_wandb_stays_offline(tmp_path):
 
 def test_trackio_stays_here(tmp_path):
     pytest.importorskip("trackio")
-    write_two_rounds("trackio", tmp_path)
+    write_elsewhere("trackio", tmp_path)
     (file,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(file) as store:
         told = [row[0] for row in store.execute("select metrics from metrics")]
     assert len(told) == 2
-    assert "test/accuracy" in told[1]
+    assert "test/accuracy" in str(told[1])
 
 
 def test_a_tracker_that_fails_costs_its_figures_alone(tmp_path, monkeypatch, caplog):

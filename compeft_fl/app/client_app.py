@@ -18,6 +18,7 @@ from compeft_fl.app.config import AppConfig
 from compeft_fl.app.node_keys import link_of, of_rank, rank_of, same_run, tensor_rules
 from compeft_fl.client.mod import CompressionMod
 from compeft_fl.codecs.auto import AUTO
+from compeft_fl.disk.arrays import on_disk, release
 from compeft_fl.exchange.records import to_arrays, to_state
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from compeft_fl.app.tasks.base import Task
 
-__all__ = ["BASE_KEY", "app", "compression"]
+__all__ = ["BASE_KEY", "app", "compression", "keep"]
 
 BASE_KEY = "base"  # in the server's configuration: the digest of its base model
 
@@ -62,7 +63,10 @@ def train(message: Message, context: Context) -> Message:
     from compeft_fl.app.tasks.base import round_seed
 
     config = AppConfig.from_run_config(context.run_config)
-    task = _prepare(of_rank(config, rank_of(config, context.node_config))).task
+    prepared = _prepare(of_rank(config, rank_of(config, context.node_config)))
+    task = prepared.task
+    for array in prepared.start.values():  # the first contact has read it
+        release(array)
     task.check_base(_told(message, BASE_KEY))
     rows = task.node_rows(context.node_config)
     _load(task, message)
@@ -77,7 +81,7 @@ def train(message: Message, context: Context) -> Message:
             "seconds": result.seconds,
         }
     )
-    arrays = to_arrays(task.adapter_state())
+    arrays = to_arrays(task.adapter_state(copy=False))
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
@@ -128,8 +132,17 @@ def _prepare(config: AppConfig) -> _Prepared:
 def _build(config: AppConfig) -> _Prepared:
     from compeft_fl.app import tasks
 
-    task = tasks.prepare(config)
-    return _Prepared(config, task, task.adapter_state())
+    return _of(config, tasks.prepare(config))
+
+
+def _of(config: AppConfig, task: Task) -> _Prepared:
+    """What is kept of a task whose adapter is at the start."""
+    return _Prepared(config, task, on_disk(task.adapter_state(copy=False)))
+
+
+def keep(config: AppConfig, task: Task) -> None:
+    """Answer the messages of a run with this task, its adapter at the start."""
+    _prepared[:] = [_of(config, task)]
 
 
 def _initial_adapter(context: Context) -> Mapping[str, NDArray[Any]]:
@@ -149,9 +162,11 @@ def _link(config: AppConfig, context: Context) -> float | None:
 
 
 def _load(task: Task, message: Message) -> None:
-    """Give the task the adapter that a message brings."""
-    arrays: ArrayRecord = message.content.array_records["arrays"]
-    task.load_adapter_state(to_state(arrays))
+    """Give the task the adapter that a message brings, and let go of the message's."""
+    arrays = message.content["arrays"]
+    assert isinstance(arrays, ArrayRecord)
+    task.load_adapter_state(to_state(arrays, copy=False))
+    del message.content["arrays"]
 
 
 def _server_round(message: Message) -> int:

@@ -30,6 +30,7 @@ class Received:
     layout: Layout | None  # the server's; None where the arrays came without an Update
     version: int
     apart: Apart | None = None  # the server's, where it has tensors beside the task vector
+    state: State | None = None  # what the records hold, where they are empty: a large adapter once
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Changes:
 
 
 def changes_in(reply: Message, received: Received, policy: TensorPolicy) -> Changes:
-    """Compare a reply's tensors with those that were received.
+    """Compare a reply's tensors with those that were received; they are taken out of the reply.
 
     Parameters
     ----------
@@ -82,10 +83,10 @@ def changes_in(reply: Message, received: Received, policy: TensorPolicy) -> Chan
         apart = Apart.of(before, policy) if received.layout is None else Apart()
     after = _without_left(before, after, policy)
     layout = received.layout or Layout.of(apart.trained(before))
-    tau = _trained(layout, before, after)
     changed = _carried(apart, after)
     carried = apart.with_values(changed).to_bytes(changed) if changed else None
     left = [name for name in before if name not in after and not apart.is_left(name)]
+    tau = _trained(layout, before, after)
     return Changes(key, tau, carried, _norm_of_change(apart.carried, changed), left)
 
 
@@ -108,8 +109,13 @@ def _before_and_after(reply: Message, received: Received) -> tuple[str, State, S
             f"expected an ArrayRecord under one of {', '.join(received.records)} in the reply, "
             f"found {key}"
         )
-    before = to_state(received.records.get(key) or next(iter(received.records.values())))
-    after = to_state(returned[key])
+    before = received.state
+    if before is None:
+        records = received.records.get(key) or next(iter(received.records.values()))
+        before = to_state(records, copy=False)
+    after = to_state(returned.pop(key), copy=False)
+    # What was returned goes tensor by tensor as tau is made, so that a large one is there once.
+    reply.content = RecordDict({k: record for k, record in reply.content.items() if k != key})
     if list(after) == [str(index) for index in range(len(before))]:
         # ArrayRecord(list of arrays) has numbers for names; Flower's users return such.
         after = dict(zip(before, after.values(), strict=True))
@@ -134,7 +140,7 @@ def _without_left(before: State, after: State, policy: TensorPolicy) -> State:
 
 
 def _trained(layout: Layout, before: State, after: State) -> TaskVector:
-    """What was returned minus what was received, in float32."""
+    """What was returned minus what was received, in float32; what was returned is used up."""
     names = [tensor.name for tensor in layout.tensors]
     if names and not any(name in after for name in names):
         raise LayoutError(f"expected tensor {names[0]!r} or another that is trained, found none")
@@ -142,7 +148,7 @@ def _trained(layout: Layout, before: State, after: State) -> TaskVector:
     for tensor, where in layout.slices():
         if tensor.name not in after:
             continue
-        start, end = before[tensor.name], after[tensor.name]
+        start, end = before[tensor.name], after.pop(tensor.name)
         if end.dtype.kind != "f":
             raise LayoutError(f"expected floats, found {end.dtype} in tensor {tensor.name!r}")
         wide = np.float64 in (start.dtype, end.dtype)

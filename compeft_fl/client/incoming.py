@@ -30,6 +30,7 @@ from compeft_fl.wire.messages import decode_parts, inspect
 __all__ = [
     "carried_version", "check_ranks", "expand_incoming", "followed", "link_of", "rank_of_node",
     "settled", "start_apart", "version_of", "whole",
+    "whole_state",
 ]  # fmt: skip
 
 RANK_KEY = "lora-rank"  # of the node config
@@ -77,8 +78,13 @@ def followed(
 
 def whole(adapter: TaskVector, apart: Apart | None) -> ArrayRecord:
     """What the ClientApp sees: a flat adapter, and the tensors beside it, in their order."""
+    return to_arrays(whole_state(adapter, apart))
+
+
+def whole_state(adapter: TaskVector, apart: Apart | None) -> dict[str, Any]:
+    """The same as numpy arrays; those of a float32 adapter are its own memory."""
     trained = unflatten(adapter)
-    return to_arrays(trained if apart is None else apart.whole(trained))
+    return trained if apart is None else apart.whole(trained)
 
 
 def settled(state: NodeState, offer: Offer) -> NodeState:

@@ -33,13 +33,14 @@ from compeft_fl.client.incoming import (
     settled,
     start_apart,
     version_of,
-    whole,
+    whole_state,
 )
 from compeft_fl.client.node_memory import NodeMemory
 from compeft_fl.client.privacy import Privacy, check_order, within_bound
 from compeft_fl.codecs import auto
 from compeft_fl.codecs.base import Update
 from compeft_fl.codecs.dense import Dense
+from compeft_fl.disk.arrays import release
 from compeft_fl.errors import CompeftError, ParameterError, ResyncError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
@@ -53,6 +54,7 @@ from compeft_fl.exchange.records import (
     carried_record,
     find_carried,
     find_offer,
+    to_arrays,
     update_record,
 )
 from compeft_fl.exchange.replica import Shipment
@@ -61,7 +63,7 @@ from compeft_fl.quality import Quality
 from compeft_fl.ranks import check_rank
 from compeft_fl.rates import Rate
 from compeft_fl.reduction import ENERGY, Reduction
-from compeft_fl.task_vector import TaskVector
+from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, RANK_KEY, encode_parts
 
@@ -249,13 +251,16 @@ class CompressionMod:
             )
             return Message(RecordDict({EXCHANGE_KEY: answer_record(answer)}), reply_to=msg)
         state = state.following(replica, apart)
+        if (old := memory.state.replica) is not None and old is not replica:
+            release(old.values)
 
-        arrays = whole(TaskVector(replica.layout, replica.values), apart)
-        received = Received({key: dict(arrays)}, replica.layout, offer.version, apart)
+        # What was received is kept once, as the replica that it is, and not as arrays as well.
+        told = whole_state(TaskVector(replica.layout, replica.values), apart)
+        received = Received({key: {}}, replica.layout, offer.version, apart, told)
         # A content of its own: in one process, several nodes' messages can share theirs.
         ours = EXCHANGE_KEY, CARRIED_KEY
         others = {name: record for name, record in msg.content.items() if name not in ours}
-        msg.content = RecordDict({**others, key: arrays})
+        msg.content = RecordDict({**others, key: to_arrays(told)})
         privacy = Privacy.of(msg, call_next, self.error_feedback) if trains else Privacy()
         reply = call_next(msg, context)
         if reply.has_error():
@@ -284,11 +289,11 @@ class CompressionMod:
         # Building an adapter from the seed is no decoding.
         seconds = max(0.0, decoding.seconds - building.seconds), encoding.seconds
         figures = None if quality is None else (quality.cosine, quality.relative_error)
-        told = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures, rank=rank)
+        says = Answer(kept, sent, seconds=seconds, carried=carried, quality=figures, rank=rank)
         if offer.times:
             link, work = link_of(self.link_mbps, context), time.perf_counter() - began
-            told = replace(told, work=work, link=link)
-        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer_record(told)})
+            says = replace(says, work=work, link=link)
+        reply.content = RecordDict({**reply.content, EXCHANGE_KEY: answer_record(says)})
         return reply
 
     def _without_offer(
@@ -339,7 +344,7 @@ class CompressionMod:
             feedback = ErrorFeedback.of(
                 reduction, state.residual if fits else None, self.residual_decay
             )
-            update: Update = feedback.compress(tau, bound)
+            update: Update = feedback.compress(tau, bound, consume=not is_torch(tau.values))
             parts = self._encode(update, version, state.rank)
             residual = feedback.residual
             if math.isinf(bound):  # figures of what was not made private are not for others

@@ -27,6 +27,7 @@ _LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps bod
 COARSE_BITS = 10  # of a coarse start's values, without the sign
 FRESH_BITS = 7  # and where nothing has been trained
 _FRESH_SHARE = 0.25  # of an adapter's parameters in tensors that are all 0
+_PIECE = 1 << 20  # values at a time
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Grid:
     @classmethod
     def of(cls, start: Floats) -> Grid:
         """The grid of a federation that starts from these values, float32, shape (d,)."""
-        largest = float(np.abs(start).max(initial=0.0)) or _NO_START
+        highest, lowest = start.max(initial=0.0), start.min(initial=0.0)
+        largest = max(float(highest), -float(lowest)) or _NO_START
         exponent = math.frexp(largest)[1] + _HEADROOM - _BITS
         if math.frexp(largest)[0] == 0.5:  # a power of two
             exponent -= 1
@@ -65,7 +67,11 @@ class Grid:
 
     def nearest(self, values: Floats) -> Floats:
         """The values rounded to the grid, of two equally near the even multiple; no -0."""
-        return _no_minus_zero(np.ldexp(np.rint(np.ldexp(values, -self.exponent)), self.exponent))
+        rounded = np.empty_like(values)
+        for begin in range(0, values.size, _PIECE):  # nothing else of the adapter's size
+            steps = np.rint(np.ldexp(values[begin : begin + _PIECE], -self.exponent))
+            rounded[begin : begin + _PIECE] = _no_minus_zero(np.ldexp(steps, self.exponent))
+        return rounded
 
     def coarse(
         self, values: Floats, layout: Layout, bits: int = COARSE_BITS

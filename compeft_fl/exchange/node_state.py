@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compeft_fl.disk.arrays import release
 from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
@@ -37,6 +40,7 @@ STATE_FILE = "state.safetensors"
 LOCK_FILE = "lock"
 _FORMAT = "compeft-fl node state 2"
 _APART = "apart"  # where a file has the tensors beside the task vector, and their version
+_LARGE = 1 << 20  # values of an array that is read from its file when it is needed
 _MAX_ID = 64  # bytes of an update's id
 _MAX_VERSION = 2**63 - 1
 
@@ -184,7 +188,7 @@ class StateFile:
         try:
             with safe_open(self.path, framework="numpy") as file:
                 told = dict(file.metadata() or {})
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                arrays = {name: self._array(file, name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise StateError(f"{self.path} is damaged: {error}") from None
         if told.get("format") != _FORMAT:
@@ -198,6 +202,18 @@ class StateFile:
         ) as error:  # fmt: skip
             raise StateError(f"{self.path} is none of this program's: {error!r}") from None
 
+    def _array(self, file: Any, name: str) -> NDArray[Any]:
+        """An array of the file, once it was checked that it is one."""
+        shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+        if os.name != "posix" or dtype != "F32" or math.prod(shape) < _LARGE:
+            array: NDArray[Any] = file.get_tensor(name)
+            return array
+        with self.path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            start = json.loads(raw.read(size))[name]["data_offsets"][0]
+        # Its pages are the file's, which is replaced as a whole and never written to.
+        return np.memmap(self.path, "<f4", "r", 8 + size + start, tuple(shape))
+
     def save(self, state: NodeState) -> None:
         """Replace the file: after a crash at any moment there is the old state or the new one.
 
@@ -206,8 +222,6 @@ class StateFile:
         StateError
             It cannot be written (a full disk, say); the old file is as it was.
         """
-        from safetensors.numpy import save
-
         arrays = {
             "shared": None if state.replica is None else state.replica.values,
             "residual": state.residual,
@@ -229,7 +243,7 @@ class StateFile:
         told["checksum"] = _checksum(told, held)
         try:
             with replacing(self.path, private=True) as temporary:
-                temporary.write_bytes(save(held, metadata=told))
+                _write(temporary, told, held)
         except OSError as error:
             raise StateError(
                 f"the node's state cannot be written to {self.path}: {error}"
@@ -239,6 +253,24 @@ class StateFile:
         """Remove the file: it is of no use."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def _write(path: Path, told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> None:
+    """Write safetensors as its `save_file` does, but straight from the arrays' memory."""
+    header: dict[str, Any] = {"__metadata__": told}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        kind = "U8" if array.dtype == np.uint8 else "F32"
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            kind = "u1" if array.dtype == np.uint8 else "<f4"
+            file.write(np.ascontiguousarray(array, kind).reshape(-1).data)
+            release(array)
 
 
 def state_folder(root: Path, run: str, node: str) -> Path:
@@ -266,6 +298,7 @@ def _state_of(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> NodeStat
             )
         if not np.isfinite(array).all():
             raise ValueError(f"expected finite values under {name!r}, found NaN or Inf")
+        release(array)
     version = int(told["version"])
     if not NOTHING <= version <= _MAX_VERSION:
         raise ValueError(f"expected a version, found {version}")
@@ -303,4 +336,5 @@ def _checksum(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> str:
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name}:{array.dtype}:{array.shape}\n".encode())
         digest.update(array.data)
+        release(arrays[name])
     return digest.hexdigest()

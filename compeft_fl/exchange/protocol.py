@@ -209,6 +209,7 @@ def _built_on(
             values = values.cpu().numpy()  # type: ignore[union-attr]
         start = Grid.of(values).nearest(values)  # type: ignore[arg-type]
         replica = Replica(adapter.layout, start, 0)
+        del adapter, values  # large ones are not kept twice
         replica = _cut(replica, rank) if rank else replica
     if not shipment.blobs or replica.version == version:
         return replica

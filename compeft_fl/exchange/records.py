@@ -75,8 +75,14 @@ NUMPY_STYPE = "numpy.ndarray"
 _NUMPY_DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": np.float32}
 
 
-def to_state(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+def to_state(arrays: Mapping[str, Array], *, copy: bool = True) -> dict[str, NDArray[Any]]:
     """An ordinary ArrayRecord as numpy arrays, in its order.
+
+    Parameters
+    ----------
+    arrays : mapping of str to flwr.app.Array
+    copy : bool
+        False: the arrays are the record's own bytes, and cannot be written.
 
     Raises
     ------
@@ -89,11 +95,11 @@ def to_state(arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
             raise LayoutError(
                 f"expected an Array of stype {NUMPY_STYPE!r}, found {array.stype!r} in {name!r}"
             )
-        state[name] = _numpy(name, array.data)
+        state[name] = _numpy(name, array.data, copy)
     return state
 
 
-def _numpy(name: str, data: bytes) -> NDArray[Any]:
+def _numpy(name: str, data: bytes, copy: bool) -> NDArray[Any]:
     """An array of numpy's bytes, once its header says as many of them as there are.
 
     `numpy.load`, which Flower calls, takes memory for what the header claims, and opens archives.
@@ -115,7 +121,8 @@ def _numpy(name: str, data: bytes) -> NDArray[Any]:
             f"found {found}"
         )
     array = np.frombuffer(data, dtype, offset=file.tell()) if found else np.empty(0, dtype)
-    return array.reshape(shape, order="F" if fortran else "C").copy()
+    array = array.reshape(shape, order="F" if fortran else "C")
+    return array.copy() if copy else array
 
 
 def to_arrays(state: Mapping[str, NDArray[Any]]) -> ArrayRecord:

@@ -124,7 +124,8 @@ class Replica:
         if opened.codec != "steps":
             raise WireError(f"expected steps to catch up by, found a body of codec {opened.codec}")
         with np.errstate(over="ignore", invalid="ignore"):  # the digest tells
-            values = self.values + on_cpu(opened.decode().to_task_vector())
+            moved = on_cpu(opened.decode().to_task_vector())
+            values = np.add(self.values, moved, out=moved)
         return Replica(self.layout, values, version)
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compeft_fl.disk.arrays import release
 from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.factored import FactoredVector
 from compeft_fl.quality import Quality
@@ -22,6 +23,7 @@ from compeft_fl.ternary import TernaryVector
 __all__ = ["AT_RISK", "RESIDUAL_DECAY", "ErrorFeedback", "check_decay", "within"]
 
 RESIDUAL_DECAY = 0.9
+_PIECE = 1 << 20  # values at a time
 AT_RISK = 10.0  # a residual so many times an update: it is not being sent, it piles up
 
 
@@ -98,7 +100,9 @@ class ErrorFeedback:
         made.reduction = reduction
         return made
 
-    def compress(self, tau: TaskVector, bound: float = math.inf) -> TernaryVector | TaskVector:
+    def compress(
+        self, tau: TaskVector, bound: float = math.inf, *, consume: bool = False
+    ) -> TernaryVector | TaskVector:
         """C(tau + decay * residual), of which the residual is then what is left.
 
         Parameters
@@ -107,6 +111,9 @@ class ErrorFeedback:
         bound : float
             The greatest norm of what is sent, for differential privacy: the scale is lowered to
             it, after the residual was added.
+        consume : bool
+            The memory of ``tau`` is free to use, and becomes the residual's: its values are others
+            afterwards. For numpy's alone.
 
         Raises
         ------
@@ -123,7 +130,7 @@ class ErrorFeedback:
         >>> feedback.residual
         array([0., 1.], dtype=float32)
         """
-        total = tau
+        total, length = tau, _norm(tau.values)
         if self.residual is not None:
             if self.residual.shape != (tau.num_parameters,):
                 raise LayoutError(
@@ -136,11 +143,14 @@ class ErrorFeedback:
                 import torch
 
                 rest = torch.from_numpy(self.residual).to(values.device)
-            total = TaskVector(tau.layout, values + float(self.decay) * rest)
+                total = TaskVector(tau.layout, values + float(self.decay) * rest)
+            else:
+                into = values if consume else np.empty_like(values)
+                total = TaskVector(tau.layout, _sum(values, rest, self.decay, into))
+                release(rest)
         sent = within(self.reduction(total), bound)
         self.quality = quality_of(total, sent)
-        self.residual = _difference(total, sent)
-        length = _norm(tau.values)
+        self.residual = _difference(total, sent, own=consume or total is not tau)
         self.pressure = _norm(self.residual) / length if length else 0.0
         return sent
 
@@ -181,8 +191,20 @@ def _norm(values: Any) -> float:
     return math.sqrt(kernels.sum_squares(values))
 
 
-def _difference(total: TaskVector, sent: TernaryVector | TaskVector) -> NDArray[np.float32]:
-    """What is left of ``total``, on the CPU."""
+def _sum(
+    values: NDArray[np.float32], rest: NDArray[np.float32], decay: float, into: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Values + decay * rest, piece by piece, so that nothing of their size is made beside it."""
+    for start in range(0, values.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        np.add(values[piece], float(decay) * rest[piece], out=into[piece])
+    return into
+
+
+def _difference(
+    total: TaskVector, sent: TernaryVector | TaskVector, *, own: bool = False
+) -> NDArray[np.float32]:
+    """What is left of ``total``, on the CPU; in its own memory where that is free to use."""
     values: Any = total.values
     if not isinstance(sent, TernaryVector | FactoredVector):  # made on the CPU
         held: Any = on_host_memory(total).values
@@ -193,7 +215,7 @@ def _difference(total: TaskVector, sent: TernaryVector | TaskVector) -> NDArray[
         return rest
     from compeft_fl.kernels import cpu
 
-    left: NDArray[np.float32] = values.copy()
+    left: NDArray[np.float32] = values if own else values.copy()
     if isinstance(sent, FactoredVector):
         for where, piece in sent.pieces():
             left[where] -= piece

@@ -126,8 +126,9 @@ def _figures(server_round: int, record: RoundRecord, ledger: Ledger) -> Iterator
 
 def _started(name: str, folder: Path) -> Any:
     """Return accelerate's tracker of that name, at work."""
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    PartialState()  # trackers log through it
     here = folder.absolute()
     if name == "tensorboard":
         tracker: Any = tracking.TensorBoardTracker("tensorboard", logging_dir=here)

@@ -19,9 +19,11 @@ from rich.table import Table
 
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
 from compeft_fl.app.server_app import build_strategy, run_folder
+from compeft_fl.app.tasks.base import check_packages
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line, printable
 from compeft_fl.results import overhead, report, units
+from compeft_fl.results.trackers import check_installed
 from compeft_fl.runs import launch
 from compeft_fl.runs.scenario import SIMULATION_DEFAULTS, SIMULATION_HELP, Scenario
 from compeft_fl.server.checkpoint import alone_in
@@ -174,6 +176,8 @@ def _check(config: AppConfig) -> None:
         from compeft_fl.app.evaluation import require_harness  # imports torch
 
         require_harness()
+    check_installed(config.trackers())
+    check_packages(config)
     if config.strategy.startswith(COMPRESSED_PREFIX):
         build_strategy(config, RoundCounts())
     plain = AppConfig()

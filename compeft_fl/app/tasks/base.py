@@ -10,13 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compeft_fl.app.config import AppConfig
-from compeft_fl.errors import ConfigError
+from compeft_fl.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from compeft_fl.results.journal import RunRecord
 
-__all__ = ["Score", "Task", "TrainResult", "learning_rate", "round_seed"]
+__all__ = ["Score", "Task", "TrainResult", "check_packages", "learning_rate", "round_seed"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ class Task(ABC):
         """Where the model is."""
 
     @abstractmethod
-    def adapter_state(self) -> dict[str, NDArray[Any]]:
-        """Return the adapter's tensors under PEFT's names, in alphabetical order, as copies."""
+    def adapter_state(self, *, copy: bool = True) -> dict[str, NDArray[Any]]:
+        """Return the adapter's tensors under PEFT's names, in alphabetical order.
+
+        ``copy=False``: where they are on the CPU, they are the model's own memory.
+        """
 
     @abstractmethod
     def load_adapter_state(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -184,6 +188,15 @@ class Task(ABC):
             f"model: expected the base model that the server has, digest {found}, found another of "
             f"digest {self.base_digest.hex()}: {self.config.model} must have the same weights and "
             "the same quantization everywhere"
+        )
+
+
+def check_packages(config: AppConfig) -> None:
+    """Raise MissingPackageError where ``quantization`` needs what is not installed."""
+    if config.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            f"quantization: {config.quantization} needs bitsandbytes, which is not installed: "
+            "pip install bitsandbytes"
         )
 
 

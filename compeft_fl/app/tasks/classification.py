@@ -12,6 +12,7 @@ import torch
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import card, data, model, training
 from compeft_fl.app.tasks.base import Score, Task, TrainResult, learning_rate
+from compeft_fl.app.tasks.peft_network import tensors_of
 from compeft_fl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,15 +41,14 @@ class Classification(Task):
         """See `Task`."""
         return self.classifier.device
 
-    def adapter_state(self) -> dict[str, NDArray[Any]]:
+    def adapter_state(self, *, copy: bool = True) -> dict[str, NDArray[Any]]:
         """See `Task`."""
-        return {name: tensor.numpy() for name, tensor in self.classifier.adapter_state().items()}
+        state = self.classifier.adapter_state(copy=copy)
+        return {name: tensor.numpy() for name, tensor in state.items()}
 
     def load_adapter_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Task`."""
-        self.classifier.load_adapter_state(
-            {name: torch.from_numpy(value) for name, value in state.items()}
-        )
+        self.classifier.load_adapter_state(tensors_of(state))
 
     def node_rows(self, node_config: Mapping[str, Any]) -> data.Rows:
         """See `Task`."""

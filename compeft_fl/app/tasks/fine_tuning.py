@@ -123,7 +123,9 @@ def _arguments(
 ) -> TrainingArguments:
     """What the keys of a run are for the Trainer."""
     on_cuda = model.device.type == "cuda"
-    return TrainingArguments(
+    if on_cuda:
+        torch.cuda.set_device(model.device)  # where the Trainer puts batches
+    made = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=_part(config),
         gradient_accumulation_steps=config.accumulation,
@@ -148,6 +150,9 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
     )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # a node's own, and not all of the machine's
+    return made
 
 
 def _collator(model: LanguageModel) -> DataCollatorForSeq2Seq:

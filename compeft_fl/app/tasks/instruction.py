@@ -16,7 +16,12 @@ from compeft_fl.app.tasks.base import Score, Task, TrainResult, learning_rate
 from compeft_fl.app.tasks.conversations import Conversations
 from compeft_fl.app.tasks.formatting import Formatter, TokenRow
 from compeft_fl.app.tasks.partition import node_indices
-from compeft_fl.app.tasks.peft_network import adapter_state, load_adapter_state, save_network
+from compeft_fl.app.tasks.peft_network import (
+    adapter_state,
+    load_adapter_state,
+    save_network,
+    tensors_of,
+)
 from compeft_fl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,15 +71,14 @@ class InstructionTuning(Task):
             self.formatter.encode(rows.rows)
         assert self.test_rows
 
-    def adapter_state(self) -> dict[str, NDArray[Any]]:
+    def adapter_state(self, *, copy: bool = True) -> dict[str, NDArray[Any]]:
         """See `Task`."""
-        state = adapter_state(self.model.network)
+        state = adapter_state(self.model.network, copy=copy)
         return {name: tensor.float().numpy() for name, tensor in state.items()}
 
     def load_adapter_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Task`."""
-        tensors = {name: torch.from_numpy(value) for name, value in state.items()}
-        load_adapter_state(self.model.network, tensors)
+        load_adapter_state(self.model.network, tensors_of(state))
 
     def node_rows(self, node_config: Mapping[str, Any]) -> list[TokenRow]:
         """See `Task`; tokenised once in a process."""

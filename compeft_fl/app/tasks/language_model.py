@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -19,10 +18,11 @@ from compeft_fl.app import embedded
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.node_keys import freeze
 from compeft_fl.app.tasks import stored_peft
+from compeft_fl.app.tasks.base import check_packages
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
 from compeft_fl.app.tasks.peft_network import quiet
 from compeft_fl.app.tasks.peft_options import peft_config
-from compeft_fl.errors import ConfigError, MissingPackageError
+from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line
 
 __all__ = ["EMBEDDED_MODELS", "LanguageModel", "build", "load_base", "with_adapter"]
@@ -74,6 +74,7 @@ def build(config: AppConfig) -> LanguageModel:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     model = load_base(config)
+    device = model.device
     if config.quantization != "none":
         prepare: Any = prepare_model_for_kbit_training
         model.network = prepare(model.network, use_gradient_checkpointing=False)
@@ -89,7 +90,9 @@ def build(config: AppConfig) -> LanguageModel:
     _round_start(model.network)
     freeze(model.network, config)
     model.network.peft_config["default"].base_model_name_or_path = config.model
-    model.network.to(model.device)  # prompts of prompt tuning
+    for parameter in model.network.parameters():
+        if parameter.requires_grad:  # prompts of prompt tuning; quantised weights stay
+            parameter.data = parameter.data.to(device)
     return model
 
 
@@ -128,7 +131,10 @@ def with_adapter(config: AppConfig, folder: Path) -> LanguageModel:
     adapter = adapters.load_folder(folder)
     model = load_base(config)
     check_base(folder, model.digest)
-    model.network = stored_peft.load(model.network, adapter, folder).to(model.device).eval()
+    device = model.device
+    model.network = stored_peft.load(model.network, adapter, folder).eval()
+    if config.quantization == "none":
+        model.network.to(device)
     return model
 
 
@@ -144,6 +150,7 @@ def load_base(config: AppConfig) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    check_packages(config)
     device, dtype = choose_device(config.device), choose_dtype(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     if config.quantization != "none":
@@ -219,11 +226,6 @@ def _check_tokenizer(tokenizer: Any, config: AppConfig) -> None:
 
 def _quantization(name: str, dtype: torch.dtype) -> Any:
     """Return transformers' configuration of bitsandbytes: QLoRA's NF4 twice, or 8 bits."""
-    if find_spec("bitsandbytes") is None:
-        raise MissingPackageError(
-            f"quantization: {name} needs bitsandbytes, which is not installed: "
-            "pip install bitsandbytes"
-        )
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig

@@ -137,9 +137,9 @@ class Classifier(nn.Module):
             for name in ("input_ids", "attention_mask")
         }
 
-    def adapter_state(self) -> dict[str, Tensor]:
+    def adapter_state(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Return the adapter's tensors on the CPU, under PEFT's names, in alphabetical order."""
-        return adapter_state(self.network)
+        return adapter_state(self.network, copy=copy)
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the adapter's tensors.

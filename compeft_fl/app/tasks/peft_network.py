@@ -7,19 +7,34 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from compeft_fl.errors import ConfigError
 
-__all__ = ["adapter_state", "load_adapter_state", "quiet", "save_network"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["adapter_state", "load_adapter_state", "quiet", "save_network", "tensors_of"]
 
 
-def adapter_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's tensors on the CPU, under PEFT's names, in alphabetical order."""
+def adapter_state(network: nn.Module, *, copy: bool = True) -> dict[str, Tensor]:
+    """Return the adapter's tensors on the CPU, under PEFT's names, in alphabetical order.
+
+    ``copy=False``: those that are there already are the network's own memory.
+    """
     state = _own(network)
-    return {name: state[name].detach().cpu().clone() for name in sorted(state)}
+    found = {name: state[name].detach().cpu() for name in sorted(state)}
+    return {name: tensor.clone() for name, tensor in found.items()} if copy else found
+
+
+def tensors_of(state: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """Return arrays as tensors of the same memory, to be read only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return {name: torch.from_numpy(value) for name, value in state.items()}
 
 
 def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
