@@ -39,14 +39,14 @@ from compeft_fl.strategies import ComPEFTAverage, RoundCounts
 
 NODES, PER_ROUND, ROUNDS = 20, 2, 3
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
-RANKS = {"40m": 16, "160m": 64, "1m": 1}
+RANKS = {"40m": 16, "160m": 64, "10m": 16}
 SEED = 7
 RETURNING = 24  # with it Flower draws two nodes twice
 
 
 def layout(size: str) -> dict[str, tuple[int, int]]:
     """Names and shapes of LoRA's factors on all linear layers of Llama 2 7B."""
-    layers = 1 if size == "1m" else LAYERS
+    layers = LAYERS // 4 if size == "10m" else LAYERS
     ins_and_outs = {
         **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
         **{f"mlp.{name}_proj": (HIDDEN, INNER) for name in ("gate", "up")},
@@ -268,7 +268,7 @@ class ProcessGrid(Grid):
         return self._pipes[node][0]
 
 
-def measure(size: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(size: str, per_round: int = PER_ROUND) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run three rounds; a row for each message, and what the server took."""
     identify()
     warm_up()
@@ -283,7 +283,7 @@ def measure(size: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     parameters = sum(value.size for value in initial.values())
     random.seed(RETURNING)
     strategy = ComPEFTAverage(
-        fraction_train=PER_ROUND / NODES,
+        fraction_train=per_round / NODES,
         fraction_evaluate=0.0,
         min_available_nodes=NODES,
         observer=RoundCounts(),
@@ -318,7 +318,11 @@ def measure(size: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def main() -> int:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="40m,160m", help="of 1m, 40m, 160m, by comma")
+    parser.add_argument("--sizes", default="40m,160m", help="of 10m, 40m, 160m, by comma")
+    parser.add_argument(
+        "--more", type=int, default=10, metavar="N",
+        help="the server with N nodes a round as well, of the first size; 0: not",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR")
     options = parser.parse_args()
     heads = ["size", "round", "node", "MB down", "MB up", "of float32", "seconds", "copies"]
@@ -336,12 +340,16 @@ def main() -> int:
             ]  # fmt: skip
             table.add_row(*cells)
             lines.append("| " + " | ".join(cells) + " |")
-        cells = [
-            size, "all", "server", "", "", "", f"{server['seconds']:.1f}",
-            f"{server['copies']:.2f}",
-        ]  # fmt: skip
-        table.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
+        servers = {PER_ROUND: server}
+        if options.more and size == options.sizes.split(",")[0]:  # nodes take memory too
+            servers[options.more] = measure(size, options.more)[1]
+        for nodes, each in servers.items():
+            cells = [
+                size, "all", f"server, {nodes} nodes a round", "", "", "",
+                f"{each['seconds']:.1f}", f"{each['copies']:.2f}",
+            ]  # fmt: skip
+            table.add_row(*cells)
+            lines.append("| " + " | ".join(cells) + " |")
     Console(width=100).print(table)
     if options.out:
         about = (

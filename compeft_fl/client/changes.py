@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import Array, Message, RecordDict
 from numpy.typing import NDArray
 
+from compeft_fl.disk.arrays import LARGE_BYTES, give_back
 from compeft_fl.errors import LayoutError, NonFiniteError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.records import array_records, find_update, to_state
@@ -145,7 +146,11 @@ def _trained(layout: Layout, before: State, after: State) -> TaskVector:
     if names and not any(name in after for name in names):
         raise LayoutError(f"expected tensor {names[0]!r} or another that is trained, found none")
     values = np.zeros(layout.num_parameters, np.float32)
+    freed = 0
     for tensor, where in layout.slices():
+        if freed > LARGE_BYTES:
+            give_back()
+            freed = 0
         if tensor.name not in after:
             continue
         start, end = before[tensor.name], after.pop(tensor.name)
@@ -156,6 +161,8 @@ def _trained(layout: Layout, before: State, after: State) -> TaskVector:
             exact = np.float64 if wide else np.float32
             change = end.astype(exact, copy=False) - start.astype(exact, copy=False)
             values[where] = change.reshape(-1)
+        freed += end.nbytes
+        del end
     return TaskVector(layout, values)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.disk.arrays import release
+from compeft_fl.disk.arrays import pieces, release
 from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
@@ -269,8 +269,9 @@ def _write(path: Path, told: dict[str, str], arrays: dict[str, NDArray[Any]]) ->
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             kind = "u1" if array.dtype == np.uint8 else "<f4"
-            file.write(np.ascontiguousarray(array, kind).reshape(-1).data)
-            release(array)
+            for piece in pieces(np.ascontiguousarray(array, kind)):
+                file.write(piece)
+                release(array)
 
 
 def state_folder(root: Path, run: str, node: str) -> Path:
@@ -335,6 +336,7 @@ def _checksum(told: dict[str, str], arrays: dict[str, NDArray[Any]]) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name}:{array.dtype}:{array.shape}\n".encode())
-        digest.update(array.data)
-        release(arrays[name])
+        for piece in pieces(array):
+            digest.update(piece)
+            release(arrays[name])
     return digest.hexdigest()

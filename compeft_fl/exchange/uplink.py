@@ -147,7 +147,6 @@ class ErrorFeedback:
             else:
                 into = values if consume else np.empty_like(values)
                 total = TaskVector(tau.layout, _sum(values, rest, self.decay, into))
-                release(rest)
         sent = within(self.reduction(total), bound)
         self.quality = quality_of(total, sent)
         self.residual = _difference(total, sent, own=consume or total is not tau)
@@ -198,6 +197,7 @@ def _sum(
     for start in range(0, values.size, _PIECE):
         piece = slice(start, start + _PIECE)
         np.add(values[piece], float(decay) * rest[piece], out=into[piece])
+        release(rest)
     return into
 
 
