@@ -14,6 +14,7 @@ from language_models import pairs, save_llama, write_rows
 
 from compeft_fl.adapters.base_digest import noted_base
 from compeft_fl.app import tasks
+from compeft_fl.app.chat import stored_config
 from compeft_fl.app.tasks import base, fine_tuning, language_model
 from compeft_fl.app.tasks.base import learning_rate
 from compeft_fl.app.tasks.instruction import InstructionTuning
@@ -287,6 +288,28 @@ def test_a_folder_gives_the_same_model(task, start, instruct_config, tmp_path):
     loaded = language_model.with_adapter(instruct_config, tmp_path / "adapter")
     found = fine_tuning.evaluate(loaded, task.test_rows, instruct_config)
     assert found.loss == pytest.approx(task.evaluate(task.test_rows).loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_folder_of_a_quantised_base_gives_the_same_model(instruct_config, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    task = built(instruct_config, quantization=quantization)
+    task.train(task.node_rows(NODE), 1, 1)
+    task.save(tmp_path / "adapter", Record())
+    assert noted_base(tmp_path / "adapter") == (task.base_digest, quantization)
+    config = stored_config(tmp_path / "adapter", device="cpu")
+    assert config.quantization == quantization
+    loaded = language_model.with_adapter(config, tmp_path / "adapter")
+    found = fine_tuning.evaluate(loaded, task.test_rows, instruct_config)
+    assert found.loss == pytest.approx(task.evaluate(task.test_rows).loss, rel=1e-4)
+    whole = dataclasses.replace(config, quantization="none")
+    with pytest.raises(AdapterError, match=rf"digest \w+ in {quantization}, found another"):
+        language_model.with_adapter(whole, tmp_path / "adapter")
+
+
+def test_the_embedded_encoder_writes_no_text(instruct_config):
+    with pytest.raises(ConfigError, match=r"minilm is an encoder.*debian-lm \(embedded\)"):
+        built(instruct_config, model="minilm")
 
 
 def test_a_folder_of_another_base_is_refused(task, instruct_config, tmp_path):

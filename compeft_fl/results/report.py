@@ -142,7 +142,10 @@ def table(summary: Mapping[str, Any]) -> Table:
     more: list[Mapping[str, float]] = summary.get("more") or [{}] * len(summary["loss"])
     further = sorted({name for scores in more for name in scores if TASK_MARK not in name})
     budget = 1e6 * float(summary.get("config", {}).get("budget-mb", 0))
-    further = further if len(further) + (budget > 0) <= _COLUMNS else []  # else in metrics.csv
+    ledger = summary.get("ledger") or {}
+    kept = [ledger.get(name, []) for name in ("cosine", "relative_error")]
+    known = any(value is not None for values in kept for value in values)
+    further = further if len(further) + (budget > 0) + known <= _COLUMNS else []  # else metrics.csv
     headers = ["round", "accuracy", "loss", *further]
     headers += ["sent up", "of dense", "sent down", "of dense"]
     sums = [
@@ -154,9 +157,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     used = [100 * both / budget for both in _added(*_totals(summary, "payload"))] if budget else []
     if used:
         headers, footers = [*headers, "of budget"], [*footers, f"{used[-1]:.3g} %"]
-    ledger = summary.get("ledger") or {}
-    kept = [ledger.get(name, []) for name in ("cosine", "relative_error")]
-    if any(value is not None for values in kept for value in values):
+    if known:
         # How much of what the nodes have compressed their updates keep, in the mean.
         headers, footers = [*headers, "cosine", "error"], [*footers, "", ""]
         found.padding = (0, 1, 0, 0)  # so that 80 columns hold it

@@ -32,6 +32,8 @@ EMBEDDED_MODELS: Final[Mapping[str, Callable[[], Path]]] = MappingProxyType(
 )
 """Language models that come with the package: name -> what gives their folder."""
 
+_ENCODER: Final = "minilm"  # the default of task=classification
+
 
 @dataclass
 class LanguageModel:
@@ -131,8 +133,12 @@ def with_adapter(config: AppConfig, folder: Path) -> LanguageModel:
     adapter = adapters.load_folder(folder)
     model = load_base(config)
     check_base(folder, model.digest)
-    device = model.device
-    model.network = stored_peft.load(model.network, adapter, folder).eval()
+    device, empty = model.device, None
+    with quiet():
+        if config.quantization != "none":
+            with torch.device("meta"):
+                empty = type(model.network)(model.network.config)
+        model.network = stored_peft.load(model.network, adapter, folder, empty).eval()
     if config.quantization == "none":
         model.network.to(device)
     return model
@@ -158,6 +164,11 @@ def load_base(config: AppConfig) -> LanguageModel:
             "quantization_config": _quantization(config.quantization, dtype),
             "device_map": {"": device},
         }
+    if config.model == _ENCODER:
+        raise ConfigError(
+            f"model: the embedded {_ENCODER} is an encoder, which writes no text: take "
+            f"{' or '.join(EMBEDDED_MODELS)} (embedded), a Hugging Face id or a folder"
+        )
     own = EMBEDDED_MODELS.get(config.model)
     source = str(own()) if own else config.model
     try:

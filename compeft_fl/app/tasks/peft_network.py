@@ -17,6 +17,9 @@ from compeft_fl.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# PEFT imports it where it is there, and it says then that it lacks a package of kernels.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 __all__ = ["adapter_state", "load_adapter_state", "quiet", "save_network", "tensors_of"]
 
 

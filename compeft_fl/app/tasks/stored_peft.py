@@ -22,7 +22,9 @@ _ALWAYS: Final = 64 << 20  # bytes beside the stored tensors, as VeRA's random p
 _PER_BYTE: Final = 8  # and so many for each byte that is stored
 
 
-def load(base: nn.Module, adapter: Adapter, folder: Path) -> nn.Module:
+def load(
+    base: nn.Module, adapter: Adapter, folder: Path, empty: nn.Module | None = None
+) -> nn.Module:
     """Return the PEFT model of an adapter on its base model.
 
     Parameters
@@ -31,6 +33,9 @@ def load(base: nn.Module, adapter: Adapter, folder: Path) -> nn.Module:
     adapter : Adapter
         The folder's content, read without pickles.
     folder : Path
+    empty : nn.Module, optional
+        The base without values and not quantised, on torch's meta device; default: made of `base`,
+        which must not be quantised then.
 
     Raises
     ------
@@ -41,7 +46,7 @@ def load(base: nn.Module, adapter: Adapter, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     try:
-        _check_shapes(base, adapter, folder)
+        _check_shapes(_meta(base) if empty is None else empty, adapter, folder)
         model: nn.Module = PeftModel.from_pretrained(
             base, str(folder), config=_config(adapter, folder), use_safetensors=True
         )
@@ -67,11 +72,10 @@ def _config(adapter: Adapter, folder: Path) -> Any:
     return config
 
 
-def _check_shapes(base: nn.Module, adapter: Adapter, folder: Path) -> None:
-    """Build the adapter on a copy of the model without values, and compare it with the folder."""
+def _check_shapes(empty: Any, adapter: Adapter, folder: Path) -> None:
+    """Build the adapter on a model without values, and compare it with the folder."""
     from peft import get_peft_model, get_peft_model_state_dict
 
-    empty: Any = _meta(base)
     known = {id(tensor) for tensor in (*empty.parameters(), *empty.buffers())}
     model: Any = get_peft_model(empty, _config(adapter, folder), low_cpu_mem_usage=True)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
