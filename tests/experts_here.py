@@ -60,3 +60,8 @@ def same(one: Adapter, other: Adapter) -> bool:
     return one.config == other.config and all(
         np.array_equal(one.state[name], other.state[name]) for name in one.state | other.state
     )
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Values that no codec makes small."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -100,21 +102,22 @@ def _serve(options: argparse.Namespace) -> int:
     tls = None
     if secure or options.tls or options.cert or options.key:
         tls = _tls(options, host)
-    _log()
-    server = start(
-        options.store, host, int(port), tls=tls, tokens=secure or options.tokens,
-        insecure=options.insecure,
-        limits=Limits(
-            max_expert_bytes=parse_size(options.max_expert), max_bytes=parse_size(options.max_size)
-        ),
-    )  # fmt: skip
-    say(f"serving {options.store} on {server.address}" + (", TLS" if tls else ", plain text"))
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        server.wait()
-    except KeyboardInterrupt:
-        server.stop()
+    with _log():
+        server = start(
+            options.store, host, int(port), tls=tls, tokens=secure or options.tokens,
+            insecure=options.insecure,
+            limits=Limits(
+                max_expert_bytes=parse_size(options.max_expert),
+                max_bytes=parse_size(options.max_size),
+            ),
+        )  # fmt: skip
+        say(f"serving {options.store} on {server.address}" + (", TLS" if tls else ", plain text"))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            server.stop()
     return 0
 
 
@@ -141,14 +144,20 @@ def _tls(options: argparse.Namespace, host: str) -> Tls:
     return Tls(cert.read_bytes(), key.read_bytes())
 
 
-def _log() -> None:
-    """What the service logs, on stderr."""
+@contextlib.contextmanager
+def _log() -> Iterator[None]:
+    """Show on stderr what the service logs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(PrintableFilter())
     logger = logging.getLogger("compeft_fl.experts")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def _token(options: argparse.Namespace) -> int:

@@ -157,8 +157,8 @@ class Cache:
                 with os.fdopen(handle, "r+b") as file:
                     file.seek(0, os.SEEK_END)
                     yield file
-            except OSError:
-                partial.unlink(missing_ok=True)  # a full disk is not kept full
+            except (OSError, BrokenExpertError):  # a full disk is not kept full
+                partial.unlink(missing_ok=True)
                 raise
             finally:
                 with contextlib.suppress(OSError):

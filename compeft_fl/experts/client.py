@@ -286,12 +286,13 @@ class ExpertClient:
                 try:
                     with self._connection.errors():
                         asked = experts_pb2.ResumeRequest(digest=header.digest, size=size)
-                        header.offset = self._call("Resume", asked).offset
-                        if header.offset > size:
-                            raise ExpertError(
-                                f"expected an offset in the file, found {header.offset}"
-                            )
-                        sent = sending(opened, header, progress, tries)
+                        offset = self._call("Resume", asked).offset
+                        if offset > size:
+                            raise ExpertError(f"expected an offset in the file, found {offset}")
+                        if offset > header.offset:
+                            tries.heard()
+                        header.offset = offset
+                        sent = sending(opened, header, progress)
                         reply = self._stub.Push(
                             sent, metadata=self._connection.metadata, timeout=None
                         )

@@ -27,6 +27,7 @@ from compeft_fl.errors import (
     ExpertError,
     ParameterError,
     StoreFullError,
+    UnavailableError,
     UnknownExpertError,
 )
 from compeft_fl.experts.expert import to_message
@@ -316,6 +317,7 @@ _STATUSES: Final = {
     UnknownExpertError: grpc.StatusCode.NOT_FOUND,
     StoreFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     BrokenExpertError: grpc.StatusCode.DATA_LOSS,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

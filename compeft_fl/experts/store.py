@@ -33,9 +33,10 @@ from compeft_fl.errors import (
     ExpertError,
     ParameterError,
     StoreFullError,
+    UnavailableError,
 )
 from compeft_fl.experts import catch_up, sketches
-from compeft_fl.experts.admission import MAX_PARAMETERS, admit
+from compeft_fl.experts.admission import MAX_PARAMETERS, Facts, admit
 from compeft_fl.experts.blobs import Blobs, digest_of
 from compeft_fl.experts.expert import Expert, Found
 from compeft_fl.experts.index import Index
@@ -120,7 +121,7 @@ class Store:
             raise
         self._naming = threading.Lock()  # a blob and its name come, or go, together
         self._decoding = threading.Semaphore(2)  # whole experts in memory at a time
-        self._uploading: dict[str, str] = {}  # partial file's key: its owner, while it is written
+        self._uploading: set[str] = set()  # names of partial files that somebody is at
         self._changes: dict[tuple[str, str], bytes | None] = {}
         if tidy:
             self._tidy()
@@ -156,17 +157,50 @@ class Store:
     # --- pushing ------------------------------------------------------------------------------
 
     def uploaded(self, owner: str, digest: str, size: int) -> int:
-        """How many bytes of a file are here already; all of them where it has a name."""
+        """How many bytes of a file are here already; all of them where it has a name.
+
+        Raises
+        ------
+        StoreFullError
+            No file of such a size is taken.
+        """
         check_digest(digest)
-        if self._index.has(digest):
+        if not 0 < size <= self.limits.max_expert_bytes:
+            raise StoreFullError(
+                f"expected a file of 1 to {self.limits.max_expert_bytes} bytes, found {size}"
+            )
+        if self._is_whole(digest):
             return size
         try:
             return min(size, self._partial(owner, digest).stat().st_size)
         except FileNotFoundError:
             return 0
 
+    def _is_whole(self, digest: str) -> bool:
+        """Has a file a name, and is it what its digest says? One that is not is pushed again."""
+        try:
+            if not self._index.has(digest):
+                return False
+            self._blobs.open(digest).close()
+            return True
+        except (FileNotFoundError, BrokenExpertError):
+            return False
+
     def _partial(self, owner: str, digest: str) -> Path:
         return self._blobs.partial(f"{hashlib.sha256(owner.encode()).hexdigest()[:16]}-{digest}")
+
+    @contextlib.contextmanager
+    def _alone_with(self, partial: Path) -> Iterator[None]:
+        """One at a time writes an upload, or names it."""
+        with self._naming:
+            if partial.name in self._uploading:
+                raise UnavailableError("busy: another upload of this file is running")
+            self._uploading.add(partial.name)
+        try:
+            yield
+        finally:
+            with self._naming:
+                self._uploading.remove(partial.name)
 
     @contextlib.contextmanager
     def upload(self, owner: str, digest: str, size: int, offset: int) -> Iterator[BinaryIO]:
@@ -175,50 +209,41 @@ class Store:
         Raises
         ------
         StoreFullError
-            Larger than the limits allow, or than there is room; also while it is written.
+            More than the limits allow, or than there is room for; also while it is written.
         ExpertError
-            An offset beyond what is here, or the same upload twice at a time.
+            An offset beyond what is here.
+        UnavailableError
+            The same upload is running.
         """
-        check_digest(digest)
         limits = self.limits
-        if not 0 < size <= limits.max_expert_bytes:
-            raise StoreFullError(
-                f"expected a file of 1 to {limits.max_expert_bytes} bytes, found {size}"
-            )
         if not self._index.has(digest) and self._index.num_bytes() + size > limits.max_bytes:
             raise StoreFullError(
                 f"the store is full: {limits.max_bytes} bytes, of which {size} are not left"
             )
         partial = self._partial(owner, digest)
-        with self._naming:
+        with self._alone_with(partial):
             self._drop_old_uploads()
-            if partial.name in self._uploading:
-                raise ExpertError("expected one upload of a file at a time, found a second")
-            prefix = partial.name[:16]
-            begun = {each.name for each in self._blobs.partials()} | set(self._uploading)
-            others = [name for name in begun - {partial.name} if name.startswith(prefix)]
+            begun = {each.name for each in self._blobs.partials()} - {partial.name}
+            others = [name for name in begun if name.startswith(partial.name[:16])]
             if len(others) >= limits.max_uploads:
                 raise StoreFullError(
                     f"expected at most {limits.max_uploads} uploads that have begun, found "
                     f"{len(others) + 1}: end one, or wait a day"
                 )
-            self._uploading[partial.name] = owner
-        try:
-            handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with os.fdopen(handle, "r+b") as file:
-                if offset > file.seek(0, os.SEEK_END):
-                    raise ExpertError(
-                        f"expected an offset of at most {file.tell()}, found {offset}"
-                    )
-                file.truncate(offset)
-                file.seek(offset)
-                yield file
-        except OSError as error:  # what has arrived would keep others from a full disk
-            partial.unlink(missing_ok=True)
-            raise StoreFullError(f"the store cannot keep it: {error.strerror or error}") from None
-        finally:
-            with self._naming:
-                del self._uploading[partial.name]
+            try:
+                handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                with os.fdopen(handle, "r+b") as file:
+                    if offset > file.seek(0, os.SEEK_END):
+                        raise ExpertError(
+                            f"expected an offset of at most {file.tell()}, found {offset}"
+                        )
+                    file.truncate(offset)
+                    file.seek(offset)
+                    yield file
+            except OSError as error:  # what has arrived would keep a full disk full
+                partial.unlink(missing_ok=True)
+                text = error.strerror or str(error)
+                raise StoreFullError(f"the store cannot keep it: {text}") from None
 
     def name(
         self, owner: str, name: str, digest: str, size: int, *, base_digest: str = "",
@@ -238,38 +263,15 @@ class Store:
             A file that does not decode, or what `check_push` refuses; nothing of it is kept.
         StoreFullError
             The disk is full.
+        UnavailableError
+            An upload of this file is running.
         """
         tags, metrics = check_push(name, base_digest, tags or {}, metrics or {})
         partial = self._partial(owner, digest)
-        try:
-            here = self._blobs.path(digest) if self._index.has(digest) else partial
-            with here.open("rb") as file:
-                found = digest_of(file)
-                if (found, file.tell()) != (digest, size):
-                    raise BrokenExpertError(
-                        f"expected {size} bytes of the digest {digest[:12]}..., found "
-                        f"{file.tell()} of {found[:12]}...: nothing of them is kept"
-                    )
-            with self._decoding:
-                facts = admit(here, self.limits.max_parameters)
-        except OSError as error:
-            raise StoreFullError(f"the store cannot read it: {error.strerror or error}") from None
-        except CompeftError:
-            partial.unlink(missing_ok=True)
-            raise
-        with self._naming:
-            there = self._newest(name)
-            if there is not None and (there.digest, there.tags, there.metrics) == (
-                digest, tags, metrics,
-            ) and there.base_digest == base_digest:  # fmt: skip
-                partial.unlink(missing_ok=True)
-                return there, True
+        with self._alone_with(partial):
             try:
-                if digest not in self._blobs:
-                    self._blobs.adopt(partial, digest)
-            except OSError as error:
-                raise StoreFullError(f"the store is full: {error.strerror or error}") from None
-            try:
+                here = self._blobs.path(digest) if self._is_whole(digest) else partial
+                facts = self._admitted(here, digest, size)
                 expert = Expert(
                     name=name, version=0, digest=digest, size=size, base_model=facts.base_model,
                     base_digest=base_digest, config=facts.config, tags=tags, metrics=metrics,
@@ -277,11 +279,35 @@ class Store:
                     density=facts.density, codec=facts.codec, start=facts.start,
                     layout_id=facts.layout_id,
                 )  # fmt: skip
-                return self._index.add(expert, facts.sketch), False
-            except BaseException:
-                if not self._index.has(digest):
-                    self._blobs.remove(digest)
-                raise
+                with self._naming:
+                    if not self._is_whole(digest):
+                        self._blobs.adopt(partial, digest)
+                    there = self._newest(name)
+                    if there is not None and _is_same(there, expert):
+                        return there, True
+                    try:
+                        return self._index.add(expert, facts.sketch), False
+                    except CompeftError:
+                        if not self._index.has(digest):
+                            self._blobs.remove(digest)
+                        raise
+            except OSError as error:
+                text = error.strerror or str(error)
+                raise StoreFullError(f"the store cannot keep it: {text}") from None
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _admitted(self, file: Path, digest: str, size: int) -> Facts:
+        """What a file says, once its bytes are what they should be, and decode."""
+        with file.open("rb") as opened:
+            found = digest_of(opened)
+            if (found, opened.tell()) != (digest, size):
+                raise BrokenExpertError(
+                    f"expected {size} bytes of the digest {digest[:12]}..., found "
+                    f"{opened.tell()} of {found[:12]}...: nothing of them is kept"
+                )
+        with self._decoding:
+            return admit(file, self.limits.max_parameters)
 
     def _newest(self, name: str) -> Expert | None:
         try:
@@ -421,3 +447,11 @@ def check_push(
             f"{len(base_digest)}"
         )
     return check_tags(tags), check_metrics(metrics)
+
+
+def _is_same(one: Expert, other: Expert) -> bool:
+    """Would a push of the second be no news after the first?"""
+    return all(
+        getattr(one, key) == getattr(other, key)
+        for key in ("digest", "base_digest", "tags", "metrics")
+    )

@@ -64,12 +64,11 @@ def chunks_of(call: Any, size: int) -> Iterator[bytes]:
         raise BrokenExpertError(f"expected {size} bytes, found {size - left}: cut off")
 
 
-def sending(file: BinaryIO, header: Any, progress: Progress | None, tries: Tries) -> Iterator[Any]:
+def sending(file: BinaryIO, header: Any, progress: Progress | None) -> Iterator[Any]:
     """The messages of a push."""
     yield experts_pb2.PushRequest(header=header)
     file.seek(header.offset)
     while chunk := file.read(CHUNK_BYTES):
         yield experts_pb2.PushRequest(chunk=chunk)
-        tries.heard()
         if progress is not None:
             progress(file.tell(), header.size)

@@ -35,8 +35,9 @@ _OPTIONS: Final = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
 )
+_OTHER_CERTIFICATE: Final = ("CERTIFICATE", "Peer name", "verification check failed")
 _ERRORS: Final = {
     grpc.StatusCode.UNAUTHENTICATED: AccessError,
     grpc.StatusCode.PERMISSION_DENIED: AccessError,
@@ -129,14 +130,14 @@ class Connection:
             return details, True
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return "no answer in time", True
-        speaks = _speaks_tls(*self._where)
+        speaks = None if "refused" in details else _speaks_tls(*self._where)
         if speaks is None:
             return "no server answers there", True
         if speaks and not self._tls:
             return "expected plain text, found TLS: give its authority's certificate (--ca)", False
         if not speaks and self._tls:
             return "expected TLS, found a server that speaks plain text", False
-        if self._tls and ("CERTIFICATE" in details or "Peer name" in details):
+        if self._tls and any(word in details for word in _OTHER_CERTIFICATE):
             return (
                 "expected a certificate of the given authority for this host, found another",
                 False,
