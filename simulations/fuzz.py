@@ -2,7 +2,8 @@
 
 Three sources of inputs. A seeded generator changes valid ones: the bulk. For each codec, a node's
 state, checkpoints and partial sums (`simulations/fuzz_targets.py`), for what server and node send
-each other (`simulations/fuzz_exchange.py`), and for files, folders and the commands on them
+each other (`simulations/fuzz_exchange.py`), for calls to a store of experts and its replies
+(`simulations/fuzz_experts.py`), and for files, folders and the commands on them
 (`simulations/fuzz_commands.py`). Hypothesis makes messages of
 any field values under a checksum that is right, and any bytes. Atheris, where it is installed, is
 guided by the code that an input reaches (`simulations/fuzz_guided.py`). Each input must be read, or
@@ -38,6 +39,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import fuzz_commands  # noqa: E402
 import fuzz_exchange  # noqa: E402
+import fuzz_experts  # noqa: E402
 import fuzz_targets  # noqa: E402
 from fuzz_targets import Target  # noqa: E402
 
@@ -176,6 +178,7 @@ def runs(
         *fuzz_targets.partial_targets(),
         *fuzz_exchange.exchange_targets(),
         *fuzz_commands.file_targets(folder / "files"),
+        *fuzz_experts.expert_targets(folder / "experts"),
     ]
     for target in targets:
         count = max(1, int(target.share * inputs))

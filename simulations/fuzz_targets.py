@@ -267,12 +267,12 @@ def _change_field(message: Any, source: random.Random) -> None:
         elif is_message:
             _change_field(value[at], source)
         else:
-            with contextlib.suppress(ValueError):  # beyond the field's range
+            with contextlib.suppress(ValueError, OverflowError):  # beyond the field's range
                 value[at] = _other_scalar(value[at], source)
     elif is_message:
         _change_field(value, source)
     else:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             setattr(message, field.name, _other_scalar(value, source))
 
 

@@ -185,6 +185,25 @@ def test_a_silent_upload_is_ended_and_can_be_resumed(tmp_path, blob):
         assert stub.List(experts_pb2.ListRequest()).experts[0].name == "x"
 
 
+def test_numbers_that_no_index_holds(tmp_path, blob):
+    with (
+        running(tmp_path / "store") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = experts_pb2_grpc.ExpertsStub(channel)
+        raw_push(server, blob)
+        huge = 2**64 - 1
+        reference = experts_pb2.Reference(name="x", version=huge)
+        for call, request in (
+            (stub.Delete, experts_pb2.DeleteRequest(name="x", version=huge)),
+            (stub.Describe, experts_pb2.DescribeRequest(reference=reference)),
+        ):
+            refused(lambda call=call, request=request: call(request), INVALID, "a version")
+        pull = experts_pb2.PullRequest(reference=experts_pb2.Reference(name="x"), offset=huge)
+        refused(lambda: list(stub.Pull(pull)), INVALID, "an offset of at most")
+        assert len(stub.List(experts_pb2.ListRequest(limit=2**32 - 1)).experts) == 1
+
+
 def test_a_later_protocol_is_refused(tmp_path):
     with (
         running(tmp_path / "store") as server,

@@ -20,6 +20,7 @@ from compeft_fl.printable import quoted
 __all__ = ["Reference", "check_digest", "check_metrics", "check_name", "check_tags"]
 
 MAX_NAME: Final = 100
+MAX_VERSION: Final = 10**9 - 1
 _NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 _KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -121,16 +122,28 @@ class Reference:
         '9f86d081884c'
         """
         name, at, which = text.partition("@")
-        check_name(name)
-        if not at:
-            return cls(name)
+        if at and not which:
+            raise ParameterError("expected a version or a digest after '@', found nothing")
         if _VERSION.fullmatch(which):
-            return cls(name, version=int(which))
-        if _PREFIX.fullmatch(which.lower()):
-            return cls(name, digest=which.lower())
-        raise ParameterError(
-            f"expected a version or at least 12 digits of a digest after '@', found {quoted(which)}"
-        )
+            return cls(name, version=int(which)).checked()
+        return cls(name, digest=which.lower()).checked()
+
+    def checked(self) -> Reference:
+        """Return a reference that is one.
+
+        Raises
+        ------
+        ParameterError
+        """
+        check_name(self.name)
+        if self.version and (self.digest or not 0 < self.version <= MAX_VERSION):
+            raise ParameterError(f"expected a version in 1 .. {MAX_VERSION}, found {self.version}")
+        if self.digest and not _PREFIX.fullmatch(self.digest):
+            raise ParameterError(
+                "expected a version, or at least 12 digits of a digest, found "
+                f"{quoted(self.digest)}"
+            )
+        return self
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version or self.digest}".rstrip("@")

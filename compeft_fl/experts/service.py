@@ -275,8 +275,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         """Remove a version, or all of a name."""
         with self._answering(context):
             owner = self._caller(context, "write")
-            count = self._store.delete(request.name, request.version)
-            LOGGER.info("%s deleted %s, %d versions", owner, request.name, count)
+            meant = Reference(request.name, request.version).checked()
+            count = self._store.delete(meant.name, meant.version)
+            LOGGER.info("%s deleted %s, %d versions", owner, meant, count)
             return experts_pb2.DeleteReply(versions=count)
 
     def Check(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
@@ -300,9 +301,8 @@ def _checked(checked: int, total: int, problems: list[str]) -> Any:
 
 
 def _reference(message: Any) -> Reference:
-    """A reference of a message, read as a person's is."""
-    which = str(message.version) if message.version else message.digest
-    return Reference.parse(f"{message.name}@{which}" if which else message.name)
+    """A reference of a message, checked as a person's is."""
+    return Reference(message.name, message.version, message.digest).checked()
 
 
 def _status(error: CompeftError) -> Any:
