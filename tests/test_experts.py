@@ -172,7 +172,7 @@ def test_what_is_like_what(tmp_path):
         assert found[0].expert.name == "near"
         files = [read_update(client.pull(name).path).update for name in ("base", "near")]
         expected = files[0].with_scales([1.0]).cosine(files[1].with_scales([1.0]))
-        assert found[0].similarity == pytest.approx(expected)
+        assert found[0].similarity == pytest.approx(expected, abs=0.08)  # three times its error
         assert found[1].similarity < 0.3
 
 

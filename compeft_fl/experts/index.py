@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from compeft_fl.errors import ExpertError, StoreFullError, UnknownExpertError
 from compeft_fl.experts.expert import Expert
 from compeft_fl.experts.names import Reference
-from compeft_fl.experts.sketches import SIZE
+from compeft_fl.experts.sketches import SIZE, bits, cosines
 
 __all__ = ["Index"]
 
@@ -30,6 +30,9 @@ _FORMAT: Final = 1
 _BUSY_SECONDS: Final = 30.0
 _WORD: Final = re.compile(r"\w+")
 _MAX_WORDS: Final = 16
+_NEAREST: Final = 100  # by the signs of their sketches; these are compared by all of them
+_AT_A_TIME: Final = 500  # rows of one question
+_MAX_BITS: Final = 1 << 20  # versions whose signs are kept in memory, 256 bytes each
 _SCHEMA: Final = """
 CREATE TABLE names (
     id INTEGER PRIMARY KEY,
@@ -93,6 +96,7 @@ class Index:
         self._local = threading.local()
         self._open: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self._bits: dict[int, NDArray[np.uint64]] = {}
         self._writing = threading.Lock()
         with self._errors(), self._writing:
             connection = self._connection()
@@ -286,30 +290,56 @@ class Index:
             source=source, order=order, limit=limit,
         )  # fmt: skip
 
-    def sketches(
-        self, layout_id: str, tags: Mapping[str, str], base_model: str
-    ) -> tuple[list[int], NDArray[np.int8]]:
-        """Newest versions of a layout: their row numbers, and sketches, shape (n, 2048)."""
+    def like(
+        self, expert: Expert, tags: Mapping[str, str], base_model: str, limit: int
+    ) -> list[tuple[Expert, float]]:
+        """Newest versions of other names, by the similarity of their sketches to an expert's."""
         narrowed, values = _narrowed(tags, base_model)
-        where = " AND ".join(["v.id = n.newest", "v.layout_id = ?", *narrowed])
+        where = " AND ".join(["v.id = n.newest", "v.layout_id = ?", "n.name <> ?", *narrowed])
         rows = self._rows(
-            f"SELECT v.id, v.sketch FROM names n JOIN versions v ON v.name_id = n.id "
-            f"WHERE {where}", layout_id, *values,
+            f"SELECT v.id FROM names n JOIN versions v ON v.name_id = n.id WHERE {where}",
+            expert.layout_id, expert.name, *values,
         )  # fmt: skip
-        content = b"".join(row[1] for row in rows)
-        return [row[0] for row in rows], np.frombuffer(content, np.int8).reshape(-1, SIZE)
-
-    def sketch(self, expert: Expert) -> NDArray[np.int8]:
-        """The sketch of a version."""
+        ids = np.array([row[0] for row in rows], np.int64)
         ((content,),) = self._rows(
             "SELECT v.sketch FROM names n JOIN versions v ON v.name_id = n.id "
             "WHERE n.name = ? AND v.version = ?", expert.name, expert.version,
         )  # fmt: skip
-        return np.frombuffer(content, np.int8)
+        given = np.frombuffer(content, np.int8)
+        distances = np.bitwise_count(self._bits_of(ids) ^ bits(given)).sum(axis=1)
+        nearest = ids[np.argsort(distances, kind="stable")[: max(_NEAREST, 2 * limit)]].tolist()
+        marks = ", ".join("?" * len(nearest))
+        found = self._rows(f"SELECT id, sketch FROM versions WHERE id IN ({marks})", *nearest)
+        sketches = np.frombuffer(b"".join(row[1] for row in found), np.int8).reshape(-1, SIZE)
+        similarities = cosines(given, sketches)
+        best = np.argsort(-similarities, kind="stable")[:limit].tolist()
+        of_row = {found[at][0]: float(similarities[at]) for at in best}
+        marks = ", ".join("?" * len(of_row))
+        rows = self._rows(
+            f"SELECT {_COLUMNS}, NULL, v.id FROM names n JOIN versions v ON v.name_id = n.id "
+            f"WHERE v.id IN ({marks})", *of_row,
+        )  # fmt: skip
+        pairs = [(_expert(row[:-1]), of_row[row[-1]]) for row in rows]
+        return sorted(pairs, key=lambda pair: (-pair[1], pair[0].name))
 
-    def by_rows(self, rows: list[int]) -> list[Expert]:
-        """The versions of row numbers, in their order."""
-        return [expert for row in rows for expert in self._found("v.id = ?", row)]
+    def _bits_of(self, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The signs of sketches, shape (n, 32): what is read once of each version stays here."""
+        with self._lock:
+            known = self._bits
+        missing = [row for row in ids.tolist() if row not in known]
+        if missing:
+            known = dict(known) if len(known) < _MAX_BITS else {}
+            for start in range(0, len(missing), _AT_A_TIME):
+                some = missing[start : start + _AT_A_TIME]
+                marks = ", ".join("?" * len(some))
+                sql = f"SELECT id, sketch FROM versions WHERE id IN ({marks})"
+                for row, content in self._rows(sql, *some):
+                    known[row] = bits(np.frombuffer(content, np.int8))
+            with self._lock:
+                self._bits = known
+        nothing = np.zeros(SIZE // 64, np.uint64)  # of a version that was deleted meanwhile
+        found = [known.get(row, nothing) for row in ids.tolist()]
+        return np.array(found, np.uint64).reshape(-1, SIZE // 64)
 
     def digests(self) -> set[str]:
         """The digests of all versions."""

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from compeft_fl.adapters import files
 from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked
 from compeft_fl.errors import (
     BrokenExpertError,
@@ -35,7 +34,7 @@ from compeft_fl.errors import (
     StoreFullError,
     UnavailableError,
 )
-from compeft_fl.experts import catch_up, sketches
+from compeft_fl.experts import catch_up
 from compeft_fl.experts.admission import MAX_PARAMETERS, Facts, admit
 from compeft_fl.experts.blobs import Blobs, digest_of
 from compeft_fl.experts.expert import Expert, Found
@@ -47,7 +46,6 @@ from compeft_fl.experts.names import (
     check_name,
     check_tags,
 )
-from compeft_fl.ternary import TernaryVector
 
 __all__ = ["Limits", "Store", "check_push"]
 
@@ -55,8 +53,6 @@ _KEPT_PARTIAL_SECONDS: Final = 24 * 3600.0
 _MAX_BASE_DIGEST: Final = 128
 _MAX_CATCH_UP_BYTES: Final = 64 << 20  # of the files between which a change is looked for
 _KEPT_CHANGES: Final = 64
-_EXACT_PARAMETERS: Final = 1 << 25  # decoded for one search by similarity; the rest is estimated
-_CANDIDATES: Final = 3  # times the limit: so many are compared exactly
 
 
 class Limits:
@@ -379,20 +375,8 @@ class Store:
         if words.strip():
             raise ParameterError("expected words or a name to be like, found both")
         given = self.find(Reference.parse(like))
-        rows, others = self._index.sketches(given.layout_id, tags, base_model)
-        estimates = sketches.cosines(self._index.sketch(given), others)
-        order = estimates.argsort()[::-1][: _CANDIDATES * limit + 1]
-        near = zip(self._index.by_rows([rows[at] for at in order]), estimates[order], strict=True)
-        candidates = [(expert, float(value)) for expert, value in near if expert.name != given.name]
-        if given.num_parameters * len(candidates) <= _EXACT_PARAMETERS:
-            signs = self._signs(given)
-            candidates = [(expert, signs.cosine(self._signs(expert))) for expert, _ in candidates]
-        candidates.sort(key=lambda pair: -pair[1])
-        return [Found(expert, similarity) for expert, similarity in candidates[:limit]]
-
-    def _signs(self, expert: Expert) -> TernaryVector:
-        with self.open(expert) as file:
-            return sketches.ternary(files.parse_update(file.read()).update)
+        near = self._index.like(given, tags, base_model, limit)
+        return [Found(expert, similarity) for expert, similarity in near]
 
     # --- removing and checking ----------------------------------------------------------------
 
