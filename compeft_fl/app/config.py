@@ -284,6 +284,9 @@ class AppConfig:
         "trackers by comma: tensorboard, wandb, mlflow, trackio; where nothing else is set up, "
         "they write into the run's folder",
     )
+    push: str = _key("", "HOST:PORT of a store of experts that gets the adapter's versions")
+    push_name: str = _key("", "their name there; empty: the scenario's")
+    push_every: int = _key(1, "rounds between two versions; the last round's is always one", low=1)
     resume: bool = _key(False, "go on from the newest checkpoint in run-dir, where there is one")
 
     def __post_init__(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +32,7 @@ from compeft_fl.tensor_policy import LEFT, TensorPolicy
 if TYPE_CHECKING:
     from compeft_fl.app.evaluation import Harness
     from compeft_fl.app.tasks.base import Task
+    from compeft_fl.experts.publishing import Publisher
 
 __all__ = ["app", "build_strategy", "run_folder"]
 
@@ -78,6 +81,7 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
     LOGGER.info("results go to %s", journal.folder)
 
     trackers = Trackers(config.trackers(), journal.folder, config.to_run_config())
+    publisher = _publisher(config, lambda folder: task.save(folder, journal.record()))
 
     def score(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         task.load_adapter_state(to_state(arrays))
@@ -85,7 +89,10 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
         more = {**found.more, **asked.score(task, server_round)}
         journal.on_score(server_round, found.accuracy, found.loss, more)
         trackers.write(server_round, journal.record().rounds[server_round], journal.ledger)
-        return MetricRecord({"accuracy": found.accuracy, "loss": found.loss, **more})
+        figures = {"accuracy": found.accuracy, "loss": found.loss, **more}
+        if publisher is not None:
+            publisher.offer(server_round, figures)
+        return MetricRecord(figures)
 
     initial = to_arrays(state)
     options: dict[str, Any] = {}
@@ -97,19 +104,20 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
             restored=journal.restore,
         )
     failure: NoUsableReplyError | None = None
-    try:
-        rule.start(
-            grid=grid,
-            initial_arrays=initial,
-            num_rounds=config.rounds,
-            timeout=config.timeout,
-            evaluate_fn=score,
-            train_config=ConfigRecord({BASE_KEY: task.base_digest}),
-            evaluate_config=ConfigRecord({BASE_KEY: task.base_digest}),
-            **options,
-        )
-    except NoUsableReplyError as error:  # raised below, when the report is written
-        failure = error
+    with publisher or contextlib.nullcontext():
+        try:
+            rule.start(
+                grid=grid,
+                initial_arrays=initial,
+                num_rounds=config.rounds,
+                timeout=config.timeout,
+                evaluate_fn=score,
+                train_config=ConfigRecord({BASE_KEY: task.base_digest}),
+                evaluate_config=ConfigRecord({BASE_KEY: task.base_digest}),
+                **options,
+            )
+        except NoUsableReplyError as error:  # raised below, when the report is written
+            failure = error
     record = journal.record()
     task.save(journal.folder / "adapter", record)  # it holds what was scored last
     for rank in sorted({*ranks_of(config)}):  # and what nodes of each rank have of it
@@ -150,6 +158,18 @@ class _Asked:
             for name, metrics in scores.items()
             for metric, figure in metrics.items()
         }
+
+
+def _publisher(config: AppConfig, save: Callable[[Path], object]) -> Publisher | None:
+    """What pushes the adapter's versions, where the key says where to."""
+    if not config.push:
+        return None
+    from compeft_fl.experts.publishing import Publisher
+
+    return Publisher(
+        config.push, config.push_name or config.scenario, config.push_every, config.rounds, save,
+        logger=LOGGER,
+    )  # fmt: skip
 
 
 def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Strategy:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
+from compeft_fl.adapters import Adapter
+from compeft_fl.adapters.base_digest import BASE_DIGEST_BYTES, note_base
 from compeft_fl.errors import (
+    AdapterError,
     ExpertError,
     ParameterError,
     UnavailableError,
@@ -40,7 +44,9 @@ CA_VARIABLE: Final = "COMPEFT_FL_EXPERTS_CA"
 DEFAULT_SERVER: Final = "127.0.0.1:8191"
 DEFAULT_CACHE_BYTES: Final = 8 << 30
 
+START_TAGS: Final = {"role": "start"}
 _START_PREFIX: Final = "start-"  # and the digest of a start's values: its name in a store
+_HEX: Final = re.compile(f"[0-9a-f]{{{2 * BASE_DIGEST_BYTES}}}")  # a base's digest
 _CALL_SECONDS: Final = 60.0  # for a call that is no stream
 _LONGEST_START_PREFIX: Final = (
     "start-"  # and the digest of a start's values: the name it has in a store
@@ -77,6 +83,49 @@ class PulledExpert(StoredExpert):
         self.path = path
         self.start = start
         self.transferred = transferred
+
+    def adapter(self) -> Adapter:
+        """The adapter: its start and what training changed; a start is what it is.
+
+        Raises
+        ------
+        AdapterError
+            It is relative to a start that nobody has pushed.
+        """
+        is_start = self.expert.tags.get("role") == START_TAGS["role"]
+        return self.as_start() if is_start else super().adapter()
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a folder that ``PeftModel.from_pretrained`` loads, with the base that it is for.
+
+        Raises
+        ------
+        AdapterError
+            As `adapter`; or a folder that holds something, without ``force``.
+        """
+        super().save(folder, force=force)
+        digest, _, quantization = self.expert.base_digest.partition(":")
+        if _HEX.fullmatch(digest):
+            kind = quantization if quantization in ("4bit", "8bit") else ""
+            note_base(Path(folder), bytes.fromhex(digest), quantization=kind)
+
+    def check_base(self, digest: bytes) -> None:
+        """Raise AdapterError where this is for another base model than that of a digest.
+
+        An expert that says nothing of its base's weights is taken as it is.
+
+        Parameters
+        ----------
+        digest : bytes
+            `compeft_fl.adapters.base_digest.base_digest` of the model.
+        """
+        expected = self.expert.base_digest.partition(":")[0]
+        if expected and expected != digest.hex():
+            raise AdapterError(
+                f"{self.expert.reference}: expected the base model that it was trained on "
+                f"({printable(self.expert.base_model, 80)}, digest {printable(expected, 40)}), "
+                f"found another, digest {digest.hex()}"
+            )
 
     @property
     def from_cache(self) -> bool:
@@ -269,7 +318,7 @@ class ExpertClient:
             if self.describe(f"{name}@{digest}"):
                 return
         except UnknownExpertError:
-            self._push_file(file, name, {"role": "start"}, {}, "", None)
+            self._push_file(file, name, START_TAGS, {}, "", None)
 
     def _push_file(
         self, file: Path, name: str, tags: dict[str, str], metrics: dict[str, float],

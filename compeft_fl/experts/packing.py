@@ -22,6 +22,7 @@ from compeft_fl.adapters import (
     start_of,
     write_update,
 )
+from compeft_fl.adapters.base_digest import noted_base
 from compeft_fl.adapters.carried import carried_names
 from compeft_fl.adapters.compression import compress_adapter, keep_adapter
 from compeft_fl.adapters.files import parse_update, tensors_of
@@ -47,7 +48,8 @@ class Packed:
     start : Path or None
         The start's file, named by the digest of its values.
     base_digest : str
-        As the folder has it; empty where it has none.
+        Of the base model, as the folder has it (`compeft_fl.adapters.base_digest`), in hexadecimal
+        digits, and ``:4bit`` or ``:8bit`` for a quantised one; empty where it has none.
     """
 
     file: Path
@@ -121,7 +123,9 @@ def packed(
         )  # fmt: skip
         tag = found.start
     started = None if start is None else _write_start(start, tag, work)
-    return Packed(file, started)
+    noted = noted_base(path)
+    base = "" if noted is None else ":".join(filter(None, (noted[0].hex(), noted[1])))
+    return Packed(file, started, base)
 
 
 def _check_start(

@@ -123,6 +123,12 @@ class Connection:
             unavailable = UnavailableError(f"{self.server}: {why}")
             unavailable.again = again
             raise unavailable from None
+        except ValueError as error:  # gRPC's own, for a channel that another thread has closed
+            if "closed channel" not in str(error):
+                raise
+            unavailable = UnavailableError(f"{self.server}: the connection was ended here")
+            unavailable.again = False
+            raise unavailable from None
 
     def _why(self, code: Any, details: str) -> tuple[str, bool]:
         """Why there is no answer, in words: gRPC's own are of sockets. May asking again help?"""

@@ -1,0 +1,138 @@
+"""Experts of real models: what is pulled loads in PEFT, and what a run pushes is its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import adapter_folders
+import experts_here as here
+import numpy as np
+import pytest
+import test_app_federation
+from peft import LoraConfig, PeftModel
+
+from compeft_fl.adapters import load_folder
+from compeft_fl.adapters.base_digest import base_digest, note_base, noted_base
+from compeft_fl.cli.main import main
+from compeft_fl.errors import AdapterError, ConfigError, UnavailableError
+from compeft_fl.experts import ExpertClient
+from compeft_fl.experts.publishing import Publisher
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A LoRA before and after training."""
+    return adapter_folders.save_pair(
+        tmp_path_factory.mktemp("pair"), LoraConfig(**adapter_folders.LORA)
+    )
+
+
+def outputs(folder):
+    model = PeftModel.from_pretrained(adapter_folders.base_model(), folder).eval()
+    return adapter_folders.outputs(model).numpy()
+
+
+def test_what_is_pulled_gives_peft_the_outputs_of_what_was_pushed(tmp_path, pair, monkeypatch):
+    untrained, trained = map(str, pair)
+    with here.store(tmp_path) as (server, client):
+        monkeypatch.setenv("COMPEFT_FL_EXPERTS_SERVER", server.address)
+        monkeypatch.setenv("COMPEFT_FL_EXPERTS_CACHE", str(tmp_path / "own"))
+        dense = ["push", trained, "exact", "--codec", "dense", "--init", untrained]
+        for arguments in (["push", trained, "whole"], dense):
+            assert main(["experts", *arguments]) == 0
+        for name, within in (("whole", 2e-3), ("exact", 0.0)):
+            out = tmp_path / name
+            assert main(["experts", "pull", name, "--to", str(out)]) == 0
+            np.testing.assert_allclose(outputs(out), outputs(trained), atol=within)
+            pulled = client.pull(name)
+            pulled.save(tmp_path / f"{name}-again")
+            np.testing.assert_array_equal(outputs(tmp_path / f"{name}-again"), outputs(out))
+
+
+def test_an_expert_is_for_one_base(tmp_path, pair):
+    base = adapter_folders.base_model()
+    folder = here.folder(tmp_path / "noted", load_folder(pair[1]))
+    note_base(folder, base_digest(base), quantization="4bit")
+    with here.store(tmp_path) as (_, client):
+        client.push(folder, "x")
+        pulled = client.pull("x")
+        pulled.check_base(base_digest(base))
+        pulled.save(tmp_path / "out")
+        assert noted_base(tmp_path / "out") == (base_digest(base), "4bit")
+        with pytest.raises(AdapterError, match=r"x@1: expected the base model .* found another"):
+            pulled.check_base(bytes(16))
+        client.push(pair[1], "y", base_digest="anything")
+        client.pull("y").save(tmp_path / "odd")
+        assert noted_base(tmp_path / "odd") is None
+        client.push(here.folder(tmp_path / "silent", load_folder(pair[1])), "z")
+        client.pull("z").check_base(bytes(16))  # it says nothing
+
+
+@pytest.mark.parametrize("head", ["prototype", "linear"])
+def test_a_run_publishes_versions(head, tiny_config, tmp_path):
+    with here.store(tmp_path) as (server, client):
+        config = dataclasses.replace(
+            tiny_config, rounds=5, push=server.address, push_name="tiny", push_every=2, head=head
+        )
+        first = []
+        publish = Publisher.offer
+
+        def offer(self, server_round, metrics):
+            publish(self, server_round, metrics)
+            while server_round == 2 and not first:  # a subscriber from the first version on
+                if "tiny" in [each.name for each in client.list()]:
+                    first.append(client.pull("tiny"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Publisher, "offer", offer)
+            summary = test_app_federation.run(config, tmp_path / "run")
+        versions = client.describe("tiny")[1]
+        rounds = [each.tags["round"] for each in versions]
+        assert rounds[0] == "5"
+        assert set(rounds) <= {"5", "4", "2"}  # a slow machine leaves 4 out
+        assert versions[0].metrics["accuracy"] == pytest.approx(summary["accuracy"][-1])
+        assert versions[0].base_digest == noted_base(tmp_path / "run" / "adapter")[0].hex()
+        pulled = client.pull("tiny")
+        assert pulled.expert.version == versions[0].version
+        assert 0 < pulled.transferred < 0.8 * pulled.expert.size  # what has changed, not the whole
+        left = load_folder(tmp_path / "run" / "adapter")
+        got = pulled.adapter()
+        assert got.config == left.config
+        for name, values in left.state.items():
+            error = np.abs(got.state[name] - values).max()
+            assert error <= np.abs(values).max() / 500, name
+
+
+def test_a_store_that_is_away_does_not_cost_the_run(tiny_config, tmp_path, caplog):
+    config = dataclasses.replace(tiny_config, push="127.0.0.1:1", rounds=1)
+    with pytest.raises(UnavailableError, match="no server answers there"):  # before it begins
+        test_app_federation.run(config, tmp_path / "never")
+    with here.store(tmp_path) as (server, _):
+        config = dataclasses.replace(config, push=server.address)
+        publish = Publisher.offer
+
+        def offer(self, server_round, metrics):
+            if server_round == 1:
+                server.stop(0.1)
+            publish(self, server_round, metrics)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Publisher, "offer", offer)
+            test_app_federation.run(config, tmp_path / "run")
+        assert "round 1's adapter is no version of default: " in caplog.text
+        assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_push_keys_are_checked(tiny_config):
+    with pytest.raises(ConfigError, match="push-every"):
+        dataclasses.replace(tiny_config, push_every=0)
+
+
+def test_five_lines_of_python(tmp_path, pair):
+    """Those of the front door."""
+    with here.store(tmp_path) as (server, client):
+        client.push(pair[1], "sections")
+        with ExpertClient(server.address, cache=tmp_path / "mine") as mine:
+            folder = tmp_path / "sections"
+            mine.pull("sections").save(folder)
+        assert outputs(folder).shape[-1] == 32
