@@ -280,9 +280,7 @@ class AppConfig:
         0.0, "MB both ways, of which the table says what is used; FlowerTune: 200000", low=0
     )
     track: str = _key(
-        "",
-        "trackers by comma: tensorboard, wandb, mlflow, trackio; where nothing else is set up, "
-        "they write into the run's folder",
+        "", "trackers by comma: tensorboard, wandb, mlflow, trackio; by default in the run's folder"
     )
     push: str = _key("", "HOST:PORT of a store of experts that gets the adapter's versions")
     push_name: str = _key("", "their name there; empty: the scenario's")
