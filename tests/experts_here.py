@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
+import pytest
 
 from compeft_fl.adapters import Adapter, save_folder
 from compeft_fl.experts import ExpertClient
 from compeft_fl.experts.serving import Server, running
+from compeft_fl.experts.v1 import experts_pb2, experts_pb2_grpc
 
 CONFIG = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/tiny"}
 MODULES = 3
+INVALID, FULL, LOST = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DATA_LOSS,
+)
 
 
 def adapter(seed: int = 0, *, config: dict[str, Any] | None = None) -> Adapter:
@@ -65,3 +74,29 @@ def same(one: Adapter, other: Adapter) -> bool:
 def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Values that no codec makes small."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def stored(path: Path) -> bytes:
+    """A file as a store keeps it."""
+    source = folder(path / "one", trained(adapter()))
+    with store(path) as (_, client):
+        client.push(source, "x")
+        return client.pull("x").read_bytes()
+
+
+def raw_push(server, content, *, name="x", digest=None, size=None, chunks=None, **header):
+    """Push as somebody who has written a client of their own."""
+    digest = hashlib.sha256(content).digest() if digest is None else digest
+    size = len(content) if size is None else size
+    first = experts_pb2.PushHeader(name=name, digest=digest, size=size, **header)
+    messages = [experts_pb2.PushRequest(header=first)]
+    messages += [experts_pb2.PushRequest(chunk=each) for each in chunks or [content]]
+    with grpc.insecure_channel(server.address) as channel:
+        return experts_pb2_grpc.ExpertsStub(channel).Push(iter(messages))
+
+
+def refused(call, code, text):
+    with pytest.raises(grpc.RpcError) as error:
+        call()
+    assert (error.value.code(), text in error.value.details()) == (code, True), error.value
+    assert "\n" not in error.value.details()

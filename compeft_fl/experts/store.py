@@ -115,6 +115,7 @@ class Store:
         except BaseException:
             self._held.close()
             raise
+        self._num_bytes = self._index.num_bytes()  # of all blobs: reading it takes long
         self._naming = threading.Lock()  # a blob and its name come, or go, together
         self._decoding = threading.Semaphore(2)  # whole experts in memory at a time
         self._uploading: set[str] = set()  # names of partial files that somebody is at
@@ -212,7 +213,7 @@ class Store:
             The same upload is running.
         """
         limits = self.limits
-        if not self._index.has(digest) and self._index.num_bytes() + size > limits.max_bytes:
+        if not self._index.has(digest) and self._num_bytes + size > limits.max_bytes:
             raise StoreFullError(
                 f"the store is full: {limits.max_bytes} bytes, of which {size} are not left"
             )
@@ -277,6 +278,7 @@ class Store:
                 )  # fmt: skip
                 with self._naming:
                     if not self._is_whole(digest):
+                        self._num_bytes += 0 if self._index.has(digest) else size
                         self._blobs.adopt(partial, digest)
                     there = self._newest(name)
                     if there is not None and _is_same(there, expert):
@@ -286,6 +288,7 @@ class Store:
                     except CompeftError:
                         if not self._index.has(digest):
                             self._blobs.remove(digest)
+                        self._num_bytes = self._index.num_bytes()
                         raise
             except OSError as error:
                 text = error.strerror or str(error)
@@ -394,6 +397,7 @@ class Store:
                 self._blobs.remove(digest)
                 for key in [key for key in self._changes if digest in key]:
                     self._changes.pop(key, None)
+            self._num_bytes = self._index.num_bytes()
             return count
 
     def check(self) -> Iterator[tuple[int, int, list[str]]]:
