@@ -15,7 +15,8 @@ from compeft_fl.adapters import load_folder
 from compeft_fl.adapters.base_digest import base_digest, note_base, noted_base
 from compeft_fl.cli.main import main
 from compeft_fl.errors import AdapterError, ConfigError, UnavailableError
-from compeft_fl.experts import ExpertClient
+from compeft_fl.experts import ExpertClient, publishing
+from compeft_fl.experts.names import check_metrics
 from compeft_fl.experts.publishing import Publisher
 
 
@@ -122,6 +123,14 @@ def test_a_store_that_is_away_does_not_cost_the_run(tiny_config, tmp_path, caplo
             test_app_federation.run(config, tmp_path / "run")
         assert "round 1's adapter is no version of default: " in caplog.text
         assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_figures_get_names_that_a_store_takes():
+    figures = {f"task/{i}: exact match": float(i) for i in range(40)} | {"x": float("nan"), "/": 1}
+    named = publishing._named(figures)
+    assert check_metrics(named) == named
+    assert named["task.7.exact.match"] == 7
+    assert len(named) == 32
 
 
 def test_push_keys_are_checked(tiny_config):

@@ -89,7 +89,7 @@ def _run(grid: Grid, config: AppConfig, journal: Journal) -> None:
         more = {**found.more, **asked.score(task, server_round)}
         journal.on_score(server_round, found.accuracy, found.loss, more)
         trackers.write(server_round, journal.record().rounds[server_round], journal.ledger)
-        figures = {"accuracy": found.accuracy, "loss": found.loss, **more}
+        figures: dict[str, Any] = {"accuracy": found.accuracy, "loss": found.loss, **more}
         if publisher is not None:
             publisher.offer(server_round, figures)
         return MetricRecord(figures)

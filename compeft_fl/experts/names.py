@@ -22,11 +22,12 @@ __all__ = ["Reference", "check_digest", "check_metrics", "check_name", "check_ta
 MAX_NAME: Final = 100
 MAX_VERSION: Final = 10**9 - 1
 _NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
-_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_KEY: Final = 64
+_KEY: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_KEY - 1}}}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _PREFIX: Final = re.compile(r"[0-9a-f]{12,64}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
-_MAX_ENTRIES: Final = 32  # tags, and metrics, of a version
+MAX_ENTRIES: Final = 32  # tags, and metrics, of a version
 _MAX_VALUE: Final = 256  # characters of a tag's value
 
 
@@ -79,8 +80,8 @@ def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _check_entries(what: str, entries: Mapping[str, object]) -> None:
-    if len(entries) > _MAX_ENTRIES:
-        raise ParameterError(f"expected at most {_MAX_ENTRIES} {what}, found {len(entries)}")
+    if len(entries) > MAX_ENTRIES:
+        raise ParameterError(f"expected at most {MAX_ENTRIES} {what}, found {len(entries)}")
     for key in entries:
         if not _KEY.fullmatch(key):
             raise ParameterError(

@@ -8,6 +8,8 @@ beside the rounds, and where one takes longer than k rounds, only the newest wai
 from __future__ import annotations
 
 import logging
+import math
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -17,10 +19,11 @@ from typing import Any, Final, Self
 
 from compeft_fl.errors import AdapterError, CompeftError
 from compeft_fl.experts.client import ExpertClient
-from compeft_fl.experts.names import check_name, check_tags
+from compeft_fl.experts.names import MAX_ENTRIES, MAX_KEY, check_name, check_tags
 
 __all__ = ["Publisher"]
 
+_OTHER: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _LAST_SECONDS: Final = 600.0  # that a run waits at its end for its last version
 
 
@@ -111,7 +114,7 @@ class Publisher:
             if self._waiting is not None:
                 self._left_out(self._waiting, "the one before it is still on its way")
                 self._waiting.folder.cleanup()
-            self._waiting = _Waiting(server_round, folder, dict(metrics))
+            self._waiting = _Waiting(server_round, folder, _named(metrics))
             self._news.notify()
 
     def _left_out(self, waiting: _Waiting, why: object) -> None:
@@ -143,3 +146,10 @@ class Publisher:
         except AdapterError:  # tensors that start from the base's weights
             expert = self._client.push(folder, self._name, init=start, codec="steps", **given)
         self._logger.info("round %d's adapter is %s", waiting.server_round, expert.reference)
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Figures under names that a store takes, as many as it takes: those of a run are free."""
+    finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    named = {_OTHER.sub(".", key)[:MAX_KEY].strip("._-"): finite[key] for key in finite}
+    return dict([(key, value) for key, value in named.items() if key][:MAX_ENTRIES])
