@@ -64,7 +64,9 @@ def test_an_unknown_key_is_named_with_the_nearest(key, near):
 
 
 def test_an_unknown_key_like_no_other_shows_all():
-    with pytest.raises(ConfigError, match=r'unknown key "xyzzy"; choices: scenario, .*partition.*peft\.r'):
+    with pytest.raises(
+        ConfigError, match=r'unknown key "xyzzy"; choices: scenario, .*partition.*peft\.r'
+    ):
         AppConfig.from_run_config({"xyzzy": 1})
 
 

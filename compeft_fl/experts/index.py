@@ -26,13 +26,14 @@ from compeft_fl.experts.sketches import SIZE, bits, cosines
 
 __all__ = ["Index"]
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _BUSY_SECONDS: Final = 30.0
 _WORD: Final = re.compile(r"\w+")
 _MAX_WORDS: Final = 16
 _NEAREST: Final = 100  # by the signs of their sketches; these are compared by all of them
 _AT_A_TIME: Final = 500  # rows of one question
-_MAX_BITS: Final = 1 << 20  # versions whose signs are kept in memory, 256 bytes each
+_MAX_LAYOUTS: Final = 64  # whose versions' signs are kept in memory, 256 bytes each
+_MAPPED: Final = 1 << 30  # bytes of the file that all threads read in one place
 _SCHEMA: Final = """
 CREATE TABLE names (
     id INTEGER PRIMARY KEY,
@@ -57,9 +58,13 @@ CREATE TABLE versions (
     codec TEXT NOT NULL,
     start TEXT NOT NULL,
     layout_id TEXT NOT NULL,
-    sketch BLOB NOT NULL,
     UNIQUE (name_id, version)
 );
+CREATE TABLE sketches ( -- apart, so that the rest is read without them
+    version_id INTEGER PRIMARY KEY REFERENCES versions ON DELETE CASCADE,
+    sketch BLOB NOT NULL
+);
+CREATE INDEX versions_layout ON versions (layout_id);
 CREATE INDEX versions_digest ON versions (digest);
 CREATE INDEX names_newest ON names (newest);
 CREATE TABLE tags (
@@ -96,7 +101,8 @@ class Index:
         self._local = threading.local()
         self._open: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        self._bits: dict[int, NDArray[np.uint64]] = {}
+        self._likes: dict[str, tuple[int, NDArray[np.int64], NDArray[np.uint64]]] = {}
+        self._writes = 0
         self._writing = threading.Lock()
         with self._errors(), self._writing:
             connection = self._connection()
@@ -125,6 +131,7 @@ class Index:
                 self._file, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             found.execute("PRAGMA synchronous = FULL")
+            found.execute(f"PRAGMA mmap_size = {_MAPPED}")
             found.execute("PRAGMA foreign_keys = ON")
             self._local.connection = found
             with self._lock:
@@ -153,6 +160,8 @@ class Index:
             try:
                 yield connection
                 connection.execute("COMMIT")
+                with self._lock:
+                    self._writes += 1
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
@@ -177,16 +186,17 @@ class Index:
             ).fetchone()
             row = connection.execute(
                 "INSERT INTO versions (name_id, version, digest, size, base_model, base_digest, "
-                "config, tags, metrics, created, num_parameters, density, codec, start, layout_id, "
-                "sketch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "config, tags, metrics, created, num_parameters, density, codec, start, layout_id) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     name_id, version, expert.digest, expert.size, expert.base_model,
                     expert.base_digest, json.dumps(expert.config, ensure_ascii=False),
                     json.dumps(expert.tags), json.dumps(expert.metrics), expert.created,
                     expert.num_parameters, expert.density, expert.codec, expert.start,
-                    expert.layout_id, sketch.tobytes(),
+                    expert.layout_id,
                 ),
             ).lastrowid  # fmt: skip
+            connection.execute("INSERT INTO sketches VALUES (?, ?)", (row, sketch.tobytes()))
             connection.executemany(
                 "INSERT INTO tags VALUES (?, ?, ?)",
                 [(row, key, value) for key, value in expert.tags.items()],
@@ -294,52 +304,69 @@ class Index:
         self, expert: Expert, tags: Mapping[str, str], base_model: str, limit: int
     ) -> list[tuple[Expert, float]]:
         """Newest versions of other names, by the similarity of their sketches to an expert's."""
-        narrowed, values = _narrowed(tags, base_model)
-        where = " AND ".join(["v.id = n.newest", "v.layout_id = ?", "n.name <> ?", *narrowed])
-        rows = self._rows(
-            f"SELECT v.id FROM names n JOIN versions v ON v.name_id = n.id WHERE {where}",
-            expert.layout_id, expert.name, *values,
-        )  # fmt: skip
-        ids = np.array([row[0] for row in rows], np.int64)
+        ids, signs = self._newest(expert.layout_id)
+        if tags or base_model:
+            narrowed, values = _narrowed(tags, base_model)
+            rows = self._rows(
+                "SELECT v.id FROM names n JOIN versions v ON v.id = n.newest "
+                f"WHERE {' AND '.join(narrowed)}", *values,
+            )  # fmt: skip
+            allowed = np.isin(ids, np.array([row[0] for row in rows], np.int64))
+            ids, signs = ids[allowed], signs[allowed]
         ((content,),) = self._rows(
-            "SELECT v.sketch FROM names n JOIN versions v ON v.name_id = n.id "
-            "WHERE n.name = ? AND v.version = ?", expert.name, expert.version,
+            "SELECT s.sketch FROM names n JOIN versions v ON v.name_id = n.id "
+            "JOIN sketches s ON s.version_id = v.id WHERE n.name = ? AND v.version = ?",
+            expert.name, expert.version,
         )  # fmt: skip
         given = np.frombuffer(content, np.int8)
-        distances = np.bitwise_count(self._bits_of(ids) ^ bits(given)).sum(axis=1)
+        distances = np.bitwise_count(signs ^ bits(given)).sum(axis=1)
         nearest = ids[np.argsort(distances, kind="stable")[: max(_NEAREST, 2 * limit)]].tolist()
         marks = ", ".join("?" * len(nearest))
-        found = self._rows(f"SELECT id, sketch FROM versions WHERE id IN ({marks})", *nearest)
+        found = self._rows(f"SELECT * FROM sketches WHERE version_id IN ({marks})", *nearest)
         sketches = np.frombuffer(b"".join(row[1] for row in found), np.int8).reshape(-1, SIZE)
         similarities = cosines(given, sketches)
-        best = np.argsort(-similarities, kind="stable")[:limit].tolist()
+        best = np.argsort(-similarities, kind="stable")[: limit + 1].tolist()
         of_row = {found[at][0]: float(similarities[at]) for at in best}
         marks = ", ".join("?" * len(of_row))
         rows = self._rows(
             f"SELECT {_COLUMNS}, NULL, v.id FROM names n JOIN versions v ON v.name_id = n.id "
-            f"WHERE v.id IN ({marks})", *of_row,
+            f"WHERE v.id IN ({marks}) AND n.name <> ?", *of_row, expert.name,
         )  # fmt: skip
         pairs = [(_expert(row[:-1]), of_row[row[-1]]) for row in rows]
-        return sorted(pairs, key=lambda pair: (-pair[1], pair[0].name))
+        return sorted(pairs, key=lambda pair: (-pair[1], pair[0].name))[:limit]
 
-    def _bits_of(self, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """The signs of sketches, shape (n, 32): what is read once of each version stays here."""
+    def _newest(self, layout_id: str) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Newest versions of a layout, and the signs of their sketches, shape (n, 32).
+
+        They stay here until something is written; what was read of a version once is not read anew.
+        """
         with self._lock:
-            known = self._bits
-        missing = [row for row in ids.tolist() if row not in known]
-        if missing:
-            known = dict(known) if len(known) < _MAX_BITS else {}
-            for start in range(0, len(missing), _AT_A_TIME):
-                some = missing[start : start + _AT_A_TIME]
-                marks = ", ".join("?" * len(some))
-                sql = f"SELECT id, sketch FROM versions WHERE id IN ({marks})"
-                for row, content in self._rows(sql, *some):
-                    known[row] = bits(np.frombuffer(content, np.int8))
-            with self._lock:
-                self._bits = known
-        nothing = np.zeros(SIZE // 64, np.uint64)  # of a version that was deleted meanwhile
-        found = [known.get(row, nothing) for row in ids.tolist()]
-        return np.array(found, np.uint64).reshape(-1, SIZE // 64)
+            kept, writes = self._likes.get(layout_id), self._writes
+        if kept is not None and kept[0] == writes:
+            return kept[1], kept[2]
+        narrowed, _ = _narrowed({}, "")
+        rows = self._rows(
+            "SELECT v.id FROM versions v JOIN names n ON n.newest = v.id "
+            f"WHERE v.layout_id = ? AND {' AND '.join(narrowed)} ORDER BY v.id", layout_id,
+        )  # fmt: skip
+        ids = np.array([row[0] for row in rows], np.int64)
+        signs = np.zeros((len(ids), SIZE // 64), np.uint64)
+        missing = np.ones(len(ids), bool)
+        if kept is not None and len(kept[1]):
+            at = np.minimum(np.searchsorted(kept[1], ids), len(kept[1]) - 1)
+            here = kept[1][at] == ids
+            signs[here], missing = kept[2][at[here]], ~here
+        for start in range(0, int(missing.sum()), _AT_A_TIME):
+            places = np.flatnonzero(missing)[start : start + _AT_A_TIME]
+            marks = ", ".join("?" * len(places))
+            sql = f"SELECT * FROM sketches WHERE version_id IN ({marks})"
+            for row, content in self._rows(sql, *ids[places].tolist()):
+                signs[np.searchsorted(ids, row)] = bits(np.frombuffer(content, np.int8))
+        with self._lock:
+            while len(self._likes) >= _MAX_LAYOUTS:
+                self._likes.pop(next(iter(self._likes)))
+            self._likes[layout_id] = (writes, ids, signs)
+        return ids, signs
 
     def digests(self) -> set[str]:
         """The digests of all versions."""
