@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -67,6 +68,9 @@ class Setting:
         See `compeft_fl.server.server_step.ServerStep`.
     score_every : int
         Rounds from one score to the next.
+    on_top : int
+        The rank of an adapter on the base model's embedding, see `compeft_fl.bench.frozen`; 0: the
+        app's adapter.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Setting:
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
     score_every: int = 1
+    on_top: int = 0
 
 
 @dataclass
@@ -300,16 +305,24 @@ class Federation:
         Model, data, training, rounds and seed; what it says of compression is not read.
     num_nodes : int
         Of which the setting says how many train in a round.
+    kept : Path, optional
+        A file for the embeddings of texts, see `Setting`.
     """
 
-    def __init__(self, setting: Setting, config: AppConfig, num_nodes: int) -> None:
+    def __init__(
+        self, setting: Setting, config: AppConfig, num_nodes: int, kept: Path | None = None
+    ) -> None:
         from compeft_fl.app.tasks import data, model
-        from compeft_fl.bench.frozen import keep_below_adapter
+        from compeft_fl.bench.frozen import keep_below_adapter, put_on_top
 
         self.setting, self.config, self.num_nodes = setting, config, num_nodes
         self._rows = data.load(config)
         self._classifier = model.build(config, self._rows)
-        keep_below_adapter(self._classifier.network)
+        if setting.on_top:
+            texts = [*self._rows.train.texts, *self._rows.test.texts]
+            put_on_top(self._classifier, setting.on_top, config.seed, texts, kept)
+        else:
+            keep_below_adapter(self._classifier.network)
         self._shards = [
             data.node_rows(self._rows, {"partition-id": node, "num-partitions": num_nodes}, config)
             for node in range(num_nodes)

@@ -21,6 +21,7 @@ from compeft_fl.errors import CompeftError
 
 __all__ = ["Job", "read_updates", "run_jobs", "seeds_of", "show_jobs", "work"]
 
+EMBEDDINGS: Final = "embeddings.npz"
 _LOOK_SECONDS: Final = 0.5
 _HEAD_BYTES: Final = 13  # of an update in a file: direction, round, nodes, size
 
@@ -204,7 +205,7 @@ def work(job: Job, folder: Path) -> None:
 
     torch.set_num_threads(1)
     config = AppConfig.from_run_config({**dict(job.keys), "seed": job.seed})
-    federation = Federation(job.setting, config, job.num_nodes)
+    federation = Federation(job.setting, config, job.num_nodes, folder / EMBEDDINGS)
     rounds: list[dict[str, Any]] = []
     updates: list[bytes] = []
     seconds = 0.0
