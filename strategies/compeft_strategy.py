@@ -147,6 +147,7 @@ class ComPEFTStrategy(FedAvg):
             "train": options.get("train_metrics_aggr_fn") is not None,
             "evaluate": options.get("evaluate_metrics_aggr_fn") is not None,
         }
+        downlink = (downlink or DownlinkOptions()).among(self.fraction_train)
         self._broadcaster = Broadcaster(
             self.observer, downlink, TensorPolicy.of(tensors), self.ranks, self.upload
         )

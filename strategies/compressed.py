@@ -101,8 +101,10 @@ class Compressed(Strategy):
                 "expected ranks merged by cover, and no wrapper for differential privacy, around "
                 f"nodes of several ranks; found merge {mixed.merge!r} and {type(inner).__name__}"
             )
+        share = float(getattr(found, "fraction_train", 1.0))
+        options = (downlink or DownlinkOptions()).among(share)
         self._broadcaster = Broadcaster(
-            self.observer, downlink, TensorPolicy.of(tensors), mixed, UploadBudget.of(upload)
+            self.observer, options, TensorPolicy.of(tensors), mixed, UploadBudget.of(upload)
         )
         self._outcomes = Outcomes(self.observer, self._broadcaster)
         self._links = Links(inner, self._outcomes, bounds)

@@ -102,6 +102,24 @@ def test_what_lies_below_the_adapter_is_computed_once_and_is_the_same(tiny_confi
     assert keep_below_adapter(whole) == 0
 
 
+def test_an_adapter_on_top_starts_where_the_app_s_does_and_keeps_embeddings(tiny_config, tmp_path):
+    file = tmp_path / "embeddings.npz"
+    config = dataclasses.replace(tiny_config, rounds=3, local_steps=10)
+    setting = Setting("top", "golomb", "golomb", 0.2, 0.2, on_top=4)
+    app = Federation(dataclasses.replace(setting, on_top=0), config, NODES)
+    federation = Federation(setting, config, NODES, file)
+    hidden = federation._classifier.head.prototypes.shape[1]
+    assert federation.adapter.num_parameters == 2 * 4 * hidden
+    assert file.exists()
+    first, *rounds = federation.run()
+    assert first.loss == pytest.approx(next(app.run()).loss, rel=1e-5)
+    assert rounds[-1].loss < first.loss
+    written = file.read_bytes()
+    again = Federation(setting, config, NODES, file)
+    assert [r.numbers() for r in again.run()] == [first.numbers(), *(r.numbers() for r in rounds)]
+    assert file.read_bytes() == written
+
+
 # --- the table --------------------------------------------------------------------------------
 
 

@@ -115,6 +115,26 @@ def test_a_resumed_server_goes_on_with_its_velocity(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found, expected)
 
 
+def density_down(strategy):
+    return strategy._broadcaster.options.density
+
+
+def test_the_way_down_is_sparser_where_few_nodes_take_part():
+    from flwr.serverapp.strategy import FedAdam
+
+    from compeft_fl.strategies import Compressed, DownlinkOptions
+
+    assert density_down(ComPEFTAverage()) == density_down(ComPEFTAverage(fraction_train=0.5)) == 0.2
+    assert density_down(ComPEFTAverage(fraction_train=0.1)) == 0.05
+    assert density_down(Compressed(FedAdam(fraction_train=0.1))) == 0.05
+    assert density_down(Compressed(FedAdam())) == 0.2
+    given = DownlinkOptions(density=0.3, first_contact="seed")
+    assert density_down(ComPEFTAverage(fraction_train=0.1, downlink=given)) == 0.3
+    for keys, density in (({}, 0.2), ({"fraction-train": 0.1}, 0.05), ({"downlink-density": 1}, 1)):
+        config = AppConfig.from_run_config(keys)
+        assert density_down(server_app.build_strategy(config, RoundCounts())) == density
+
+
 def test_the_app_hands_the_settings_on():
     values = {"server-learning-rate": 0.2, "server-momentum": 0.8}
     for name in EVERY:

@@ -248,10 +248,11 @@ class AppConfig:
         choices=(*(n for n in codecs.names() if codecs.get(n).ternary or n == "factored"), AUTO),
     )
     downlink_density: str | float = _key(
-        0.2,
-        "greatest part of the parameters that a change on the way down keeps, or auto",
+        0.0,
+        "greatest part of the parameters that a change on the way down keeps, or auto; 0: 0.2, or "
+        "0.05 where fewer than half of the nodes train in a round",
         kind="number or auto",
-        above=0,
+        low=0,
         high=1,
     )
     downlink_energy: float = _key(

@@ -192,7 +192,7 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     downlink = strategies.DownlinkOptions(
         codec=config.downlink_codec if config.downlink == "compressed" else "dense",
         link_mbps=config.link_mbps,
-        density=config.downlink_density,
+        density=config.downlink_density or None,
         energy=config.downlink_energy,
         scale=config.downlink_scale,
         support=config.downlink_support,

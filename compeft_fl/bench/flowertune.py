@@ -28,6 +28,7 @@ from compeft_fl.bench import layouts, results
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.uplink import ErrorFeedback
 from compeft_fl.merging.accumulators import Average
+from compeft_fl.server.downlink_options import DENSITY, DENSITY_FEW
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import decode, encode
 
@@ -36,8 +37,7 @@ __all__ = ["Traffic", "exchange", "run"]
 ROUNDS: Final = 200
 NODES, NODES_A_ROUND = 20, 2
 BUDGET: Final = 200e9  # FlowerTune's limit on communication
-UPLINK, DOWNLINK = 0.1, 0.2  # the project's defaults
-DOWNLINK_FEW: Final = 0.05  # and that where few nodes take part in a round
+UPLINK: Final = 0.1  # the project's default
 _FEW: Final = 20  # enough for nodes that take part in every round: each round costs the same
 _QUICK: Final = 6
 
@@ -61,7 +61,7 @@ def exchange(
     layout: Layout,
     nodes: int,
     rounds: int,
-    density: float = DOWNLINK,
+    density: float = DENSITY,
     seed: int = 0,
     step: Any = None,
 ) -> Traffic:
@@ -115,9 +115,9 @@ def run(out: Path, command: str, quick: bool) -> None:
     """Measure, show and write flowertune.csv and flowertune.md."""
     layout = layouts.get("mistral-7b-r32").layout
     few = _QUICK if quick else _FEW
-    cases = [(NODES_A_ROUND, few, DOWNLINK)]
+    cases = [(NODES_A_ROUND, few, DENSITY)]
     if not quick:  # what a node lacks depends on how long it was away, so few rounds say little
-        cases += [(NODES, ROUNDS, DOWNLINK_FEW), (NODES, ROUNDS, DOWNLINK)]
+        cases += [(NODES, ROUNDS, DENSITY_FEW), (NODES, ROUNDS, DENSITY)]
     dense = 4 * layout.num_parameters * NODES_A_ROUND * ROUNDS
     rows = [
         _row("dense fp32", "derived", Traffic(ROUNDS, dense, dense), 2 * dense),

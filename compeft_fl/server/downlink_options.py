@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,8 +14,17 @@ from compeft_fl.reduction import ENERGY
 from compeft_fl.server.base import Base
 from compeft_fl.task_vector import TaskVector
 
-__all__ = ["DownlinkOptions", "log_lag", "say_carried", "warn_of_huge_values"]
+__all__ = [
+    "DENSITY",
+    "DENSITY_FEW",
+    "DownlinkOptions",
+    "log_lag",
+    "say_carried",
+    "warn_of_huge_values",
+]
 
+DENSITY, DENSITY_FEW = 0.2, 0.05
+_FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 
 
@@ -31,9 +40,10 @@ class DownlinkOptions:
         asked in nearly every round.
     link_mbps : float, optional
         The speed of a node's link in Mbit/s, for codec "auto" alone.
-    density : float or "auto"
+    density : float or "auto", optional
         In (0, 1]: the greatest share of parameters of a delta. "auto": as much as keeps a share of
-        the energy, in the form that does so in the fewest bytes.
+        the energy, in the form that does so in the fewest bytes. Default: `DENSITY`, or
+        `DENSITY_FEW` where fewer than half of the nodes train in a round.
     energy : float
         In (0, 1): that share, for density "auto" alone; more in the first rounds, and where nodes
         are asked seldom.
@@ -56,7 +66,7 @@ class DownlinkOptions:
     """
 
     codec: str = "golomb"
-    density: float | str = 0.2
+    density: float | str | None = None
     scale: str | float = "mean"
     first_contact: str = "coarse"
     link_mbps: float | None = None
@@ -70,11 +80,17 @@ class DownlinkOptions:
                 f"found {self.first_contact!r}"
             )
 
+    def among(self, share: float) -> DownlinkOptions:
+        """These options where such a share of the nodes trains in a round, 0 to 1."""
+        if self.density is not None:
+            return self
+        return replace(self, density=DENSITY if share >= _FEW else DENSITY_FEW)
+
     def make(self, adapter: TaskVector) -> Downlink:
         """The way down of a federation that starts from an adapter."""
         return Downlink(
             adapter,
-            density=self.density,
+            density=DENSITY if self.density is None else self.density,
             scale=self.scale,
             support=self.support,
             codec=self.codec,
