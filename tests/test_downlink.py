@@ -167,6 +167,22 @@ def test_values_that_outgrow_the_grid_begin_anew():
     assert replica.catch_up(downlink.lacking(4).blobs, 8).digest == downlink.digest
 
 
+@pytest.mark.parametrize(("growth", "kind"), [(50, "catchup"), (200, "snapshot")])
+def test_a_lora_s_factors_may_grow_before_another_grid_is_laid(growth, kind):
+    """Beyond that the version is another start, which every node is sent."""
+    names = {"a": adapter().values[:2000].reshape(40, 50), "b": np.zeros((50, 40), "f4")}
+    start = cf.TaskVector.from_dict(names)
+    downlink = Downlink(start, density=0.1, seeded=True)
+    replica = Replica(start.layout, downlink.shared, 0)
+    for size in (0.3, 0.6, 1.0):
+        grown = start.values + np.float32(size * growth) * np.abs(start.values).max()
+        downlink.advance(cf.TaskVector(start.layout, grown.astype("f4")))
+    shipment = downlink.lacking(0)
+    assert shipment.kind == kind
+    if kind == "catchup":
+        assert replica.catch_up(shipment.blobs, 3).digest == downlink.digest
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("versions", [0, 1, 6])
 def test_a_coarse_start_takes_11_bits_or_fewer_and_8_before_training(versions, fresh):

@@ -181,6 +181,7 @@ class _OwnDown:
             codec=setting.down,
             support=setting.support,
             coarse_start=setting.coarse_start,
+            seeded=not setting.coarse_start,
         )
         self._dense = isinstance(codecs.get(setting.down), Dense)
         self._whole = 4 * adapter.num_parameters

@@ -178,7 +178,7 @@ class Downlink:
 
     def _begin(self, adapter: NDArray[np.float32], version: int) -> None:
         """Lay a grid around an adapter: at the start, and anew where values have outgrown it."""
-        self.grid = Grid.of(adapter)
+        self.grid = Grid.of_start(adapter)
         self._cuts: list[int] = []  # of a coarse start
         self.shared = adapter.copy() if self._dense else self.grid.nearest(adapter)
         if self._coarse and not self._dense:

@@ -21,12 +21,13 @@ __all__ = ["Grid", "start_bits", "step_near"]
 Floats = NDArray[np.float32]
 
 _BITS = 23  # of a value in units; one less than float32's, so that differences are exact too
-_HEADROOM = 3  # bits: values may grow to 8 times the largest, and then there is another grid
+_HEADROOM = 3  # bits: values may grow to 4 times the largest, and then there is another grid
+_FRESH_HEADROOM = 7  # to 64 times, where nothing has been trained: a LoRA's factors grow so far
 _NO_START = 1.0  # stands for the largest value of a start that is all zeros
 _LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps body hold
 COARSE_BITS = 10  # of a coarse start's values, without the sign
 FRESH_BITS = 7  # and where nothing has been trained
-_FRESH_SHARE = 0.25  # of an adapter's parameters in tensors that are all 0
+_FRESH_SHARE = 0.25  # of an adapter's parameters that are 0: those of a LoRA's B
 _PIECE = 1 << 20  # values at a time
 
 
@@ -46,11 +47,18 @@ class Grid:
     exponent: int
 
     @classmethod
-    def of(cls, start: Floats) -> Grid:
+    def of_start(cls, start: Floats) -> Grid:
         """The grid of a federation that starts from these values, float32, shape (d,)."""
-        highest, lowest = start.max(initial=0.0), start.min(initial=0.0)
+        zeros = start.size - np.count_nonzero(start)
+        fresh = zeros >= _FRESH_SHARE * max(1, start.size)
+        return cls.of(start, _FRESH_HEADROOM if fresh else _HEADROOM)
+
+    @classmethod
+    def of(cls, values: Floats, headroom: int = _HEADROOM) -> Grid:
+        """The grid whose limit is so many bits above the largest of these values, rounded up."""
+        highest, lowest = values.max(initial=0.0), values.min(initial=0.0)
         largest = max(float(highest), -float(lowest)) or _NO_START
-        exponent = math.frexp(largest)[1] + _HEADROOM - _BITS
+        exponent = math.frexp(largest)[1] + headroom - _BITS
         if math.frexp(largest)[0] == 0.5:  # a power of two
             exponent -= 1
         return cls(min(max(exponent, _LOWEST), _HIGHEST))

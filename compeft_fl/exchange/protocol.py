@@ -207,7 +207,7 @@ def _built_on(
         values = adapter.values
         if is_torch(values):
             values = values.cpu().numpy()  # type: ignore[union-attr]
-        start = Grid.of(values).nearest(values)  # type: ignore[arg-type]
+        start = Grid.of_start(values).nearest(values)  # type: ignore[arg-type]
         replica = Replica(adapter.layout, start, 0)
         del adapter, values  # large ones are not kept twice
         replica = _cut(replica, rank) if rank else replica
