@@ -98,6 +98,8 @@ class RoundScore:
     ----------
     accuracy, loss : float or None
         None where the round was not scored.
+    shared_accuracy, shared_loss : float or None
+        Of what the nodes have of it (theta_shared), where few of them take part in a round.
     up, down : int
     chain : int
         Down, were each node sent every delta that it lacks, or all anew where that is less.
@@ -116,6 +118,8 @@ class RoundScore:
     chain: int = 0
     long_absence: int = 0
     joiner: int = 0
+    shared_accuracy: float | None = None
+    shared_loss: float | None = None
     updates: list[tuple[str, int, bytes]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
@@ -348,11 +352,12 @@ class Federation:
             change = self._step.next(self._train(server_round, nodes, score))
             self._step.accept()
             self.adapter = TaskVector.from_dict(change.apply(self.adapter.to_dict()))
+            self._down.advance(self.adapter)  # the last version goes nowhere
             if server_round % self.setting.score_every == 0:
                 score.accuracy, score.loss = self._scored(self.adapter.values)
+                if self.setting.nodes_a_round:
+                    score.shared_accuracy, score.shared_loss = self._scored(self._down.shared)
             yield score
-            if server_round < self.config.rounds:  # the last version goes nowhere
-                self._down.advance(self.adapter)
 
     def _drawn(self, server_round: int) -> list[int]:
         """The nodes of a round; each seed has its own, whatever the setting."""
