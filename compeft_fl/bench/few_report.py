@@ -14,10 +14,11 @@ from compeft_fl.results.units import size
 
 __all__ = ["Run", "write"]
 
-LAST: Final = 3  # scores whose mean is a run's result: few nodes a round make it swing
+LAST: Final = 7  # scores whose mean is a run's result: few nodes a round make it swing
 CHAIN: Final = ", each delta"
 HEADS: Final = (
-    "setting", "seeds", "accuracy", "loss", "best loss", "up", "down", "both, of dense",
+    "setting", "seeds", "accuracy", "loss", "nodes' accuracy", "nodes' loss",
+    "up", "down", "both, of dense",
     "bits a visit", f"missed {LONG_ABSENCE}", "joins",
 )  # fmt: skip
 
@@ -50,7 +51,8 @@ class Run:
 
     def last(self, key: str) -> float:
         """The mean of the last scores."""
-        return float(statistics.mean(self.rounds[n][key] for n in self.scored[-LAST:]))
+        last = [n for n in self.scored[1:][-LAST:] if self.rounds[n][key] is not None]
+        return float(statistics.mean(self.rounds[n][key] for n in last))
 
     def bits(self, num_bytes: float) -> float:
         """Bits a parameter."""
@@ -79,8 +81,10 @@ def _csv_rows(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "setting": run.name, "seed": run.seed, "round": number,
-            "accuracy": "" if each["accuracy"] is None else round(each["accuracy"], 6),
-            "loss": "" if each["loss"] is None else round(each["loss"], 6),
+            **{
+                key: "" if each[key] is None else round(each[key], 6)
+                for key in ("accuracy", "loss", "shared_accuracy", "shared_loss")
+            },
             "up_bytes": run.up[number], "down_bytes": run.down[number],
             "chain_bytes": run.chain[number], f"missed_{LONG_ABSENCE}_bytes": each["long_absence"],
             "joiner_bytes": each["joiner"],
@@ -110,14 +114,11 @@ def _row(name: str, group: Sequence[Run], way: str, dense: int) -> list[str]:
     up, down = (statistics.mean(getattr(run, key)[-1] for run in group) for key in ("up", way))
     row = [name, str(len(group))]
     if way == "chain":  # it learns the same
-        row += ["-", "-", "-"]
+        row += ["-"] * 4
     else:
-        losses = [min(run.rounds[n]["loss"] for n in run.scored) for run in group]
-        row += [
-            _spread([100 * run.last("accuracy") for run in group], 1) + " %",
-            _spread([run.last("loss") for run in group], 3),
-            f"{statistics.mean(losses):.3f}",
-        ]
+        for of in ("", "shared_"):
+            row.append(_spread([100 * run.last(f"{of}accuracy") for run in group], 1) + " %")
+            row.append(_spread([run.last(f"{of}loss") for run in group], 3))
     row += [size(up), size(down), f"1/{2 * dense / (up + down):.1f}"]
     row.append(f"{group[0].bits(down) / group[0].visits:.2f}")
     for key in ("long_absence", "joiner"):
@@ -137,8 +138,9 @@ def _notes(runs: Sequence[Run]) -> str:
     lines = [
         f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes of a core. "
         f"Accuracy and loss: test split, means of a run's last {LAST} scores, mean and standard "
-        "deviation over seeds; settings of one seed draw the same nodes. Bytes: updates of all "
-        "nodes. Dense: the adapter in float32 to and from each node of a round. Bits: a "
+        "deviation over seeds; first of the server's adapter, then of the copy that nodes have, "
+        "which lacks what has not gone down yet. Settings of one seed draw the same nodes. Bytes: "
+        "updates of all nodes. Dense: the adapter in float32 to and from each node of a round. Bits: a "
         "parameter, of what a node is sent on a visit; of one that has missed "
         f"{LONG_ABSENCE} versions; of one of which nothing is known, both means over all rounds. "
         f'"{CHAIN.strip(", ")}": the same run, had each node been sent every delta that it lacks, '
@@ -152,14 +154,17 @@ def _notes(runs: Sequence[Run]) -> str:
         theirs = {run.seed: run for run in groups.get(other, [])}
         pairs = [(run, theirs[run.seed]) for run in group if run.seed in theirs]
         if pairs:
-            gaps = [ours.last("loss") - dense.last("loss") for ours, dense in pairs]
-            points = [100 * (o.last("accuracy") - d.last("accuracy")) for o, d in pairs]
-            lines.append(
-                f"{name} against {other}: {statistics.mean(gaps):+.3f} of loss "
-                f"({', '.join(f'{gap:+.3f}' for gap in gaps)}), {statistics.mean(points):+.1f} "
-                f"points of accuracy ({', '.join(f'{each:+.1f}' for each in points)})."
-            )
+            told = [_gap(pairs, of) for of in ("", "shared_")]
+            lines.append(f"{name} against {other}: {told[0]}; the nodes' copies {told[1]}.")
     return "\n\n".join(lines)
+
+
+def _gap(pairs: Sequence[tuple[Run, Run]], of: str) -> str:
+    """By how much runs end above dense ones: of the adapter, or ("shared_") of nodes' copies."""
+    gaps = [ours.last(f"{of}loss") - dense.last(f"{of}loss") for ours, dense in pairs]
+    points = [100 * (o.last(f"{of}accuracy") - d.last(f"{of}accuracy")) for o, d in pairs]
+    each = ", ".join(f"{gap:+.3f}" for gap in gaps)
+    return f"{statistics.mean(gaps):+.3f} of loss ({each}), {statistics.mean(points):+.1f} points"
 
 
 def _dense_name(run: Run) -> str:
@@ -169,7 +174,7 @@ def _dense_name(run: Run) -> str:
 
 
 def plot(path: Path, runs: Sequence[Run]) -> None:
-    """Draw loss and accuracy by round, and loss by bytes both ways, a row for each federation."""
+    """Draw loss and accuracy of nodes' copies by round, and loss by bytes, a row a federation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,17 +197,19 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
                 "markersize": 3,
                 "linewidth": 1.3,
             }
-            scored = group[0].scored
+            scored = group[0].scored[1:]  # nobody has a copy of the start
             loss, accuracy = (
                 [statistics.mean(run.rounds[n][key] for run in group) for n in scored]
-                for key in ("loss", "accuracy")
+                for key in ("shared_loss", "shared_accuracy")
             )
             both = [statistics.mean(run.up[n] + run.down[n] for run in group) for n in scored]
             label = f"{kind} ({len(group)} seeds)" if len(group) > 1 else kind
             axes[0].plot(scored, loss, label=label, **style)
             axes[1].plot(scored, [100 * each for each in accuracy], **style)
-            axes[2].plot(both[1:], loss[1:], **style)
-        axes[0].set(title=case.replace("-", " ") + " nodes a round", ylabel="test loss")
+            axes[2].plot(both, loss, **style)
+        axes[0].set(
+            title=case.replace("-", " ") + " nodes a round", ylabel="test loss of nodes' copies"
+        )
         axes[1].set(ylabel="test accuracy (%)")
         axes[2].set(xscale="log", ylabel="test loss", xlabel="bytes so far, both ways (log scale)")
         axes[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
