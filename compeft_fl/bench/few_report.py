@@ -140,8 +140,8 @@ def _notes(runs: Sequence[Run]) -> str:
         f"Accuracy and loss: test split, means of a run's last {LAST} scores, mean and standard "
         "deviation over seeds; first of the server's adapter, then of the copy that nodes have, "
         "which lacks what has not gone down yet. Settings of one seed draw the same nodes. Bytes: "
-        "updates of all nodes. Dense: the adapter in float32 to and from each node of a round. Bits: a "
-        "parameter, of what a node is sent on a visit; of one that has missed "
+        "updates of all nodes. Dense: the adapter in float32 to and from each node of a round. "
+        "Bits: a parameter, of what a node is sent on a visit; of one that has missed "
         f"{LONG_ABSENCE} versions; of one of which nothing is known, both means over all rounds. "
         f'"{CHAIN.strip(", ")}": the same run, had each node been sent every delta that it lacks, '
         "or all in float32 where that is less."
