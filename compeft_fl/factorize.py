@@ -39,6 +39,8 @@ __all__ = ["check_energy", "factorize", "keep_energy", "kept_energy", "ternary_b
 FACTOR_BITS = 5  # of a factor; `cpu_factored.MAX_FACTOR` is the largest
 _TERM_BITS = 8 + 8  # exponent and count
 _SHORTEST = 4  # a matrix with a shorter side below that has no form worth the name
+_WIDEST = 64  # and a shorter side above that only up to so many parameters
+_LARGEST_WIDE = 1 << 20
 _DENSITIES = [2.0 ** (step / 2) / 256 for step in range(15)]  # to 1/2: of what has no form
 _LARGEST = 2.0**100  # values beyond are not written as terms
 _SEARCHES = 7  # of a density that reaches a floor
@@ -218,17 +220,18 @@ class _Search:
 
     def mixed(self) -> list[_Form]:
         """Terms for matrices, ternary values for all others."""
+        low_rank = [_has_low_rank(*shape) for shape in self.shapes]
         forms: list[_Form] = [
-            _Matrix(self, i, flat=False)
-            for i, shape in enumerate(self.shapes)
-            if min(shape) >= _SHORTEST
+            _Matrix(self, i, flat=False) for i, is_so in enumerate(low_rank) if is_so
         ]
-        others = [i for i, shape in enumerate(self.shapes) if min(shape) < _SHORTEST]
+        others = [i for i, is_so in enumerate(low_rank) if not is_so]
         return [*forms, _Others(self, others)] if others else forms
 
     def terms(self) -> list[_Form]:
-        """Terms for all; those of a vector are signs and one scale."""
-        return [_Matrix(self, i, flat=False) for i in range(len(self.shapes))]
+        """Terms for all; those of a vector, or of what is too large, are signs and one scale."""
+        return [
+            _Matrix(self, i, flat=not _has_low_rank(*shape)) for i, shape in enumerate(self.shapes)
+        ]
 
     def signs(self) -> list[_Form]:
         """Signs and one scale for each tensor, and again for what they leave."""
@@ -408,6 +411,16 @@ class _Others(_Form):
         mantissa, exponent = math.frexp(float(update.scales[0]))  # the nearest on the grid
         exponent = max(exponent if mantissa > 0.75 else exponent - 1, self._lowest)
         return update.with_scales(math.ldexp(1.0, exponent))
+
+
+def _has_low_rank(rows: int, columns: int) -> bool:
+    """Whether a matrix is searched for terms.
+
+    A full weight of millions of parameters is none that changes by few terms, and the search
+    would take many minutes to find that out.
+    """
+    shortest = min(rows, columns)
+    return shortest >= _SHORTEST and (shortest <= _WIDEST or rows * columns <= _LARGEST_WIDE)
 
 
 def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:

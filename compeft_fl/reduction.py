@@ -13,20 +13,21 @@ from compeft_fl.rates import Rate, on_host_memory, rounded_to
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
-__all__ = ["AUTO", "ENERGY", "Reduction", "floor_after", "quality_of"]
+__all__ = ["AUTO", "DOWN_ENERGY", "ENERGY", "Reduction", "floor_after", "quality_of"]
 
 AUTO = "auto"
-ENERGY = 0.5
+ENERGY = 0.7  # of an update
+DOWN_ENERGY = 0.6  # of a version: a fifth of the parameters, as they are later on
 _FIRST = 4  # versions
-_LONGEST = 10  # versions: an absence counts as no longer
+_LONGEST = 2  # versions: an absence counts as no longer
 
 
-def floor_after(energy: float, version: int, absence: int) -> float:
-    """The share of energy to keep of a node's update, or of a version for nodes asked so often.
+def floor_after(energy: float, version: int, absence: int = 1) -> float:
+    """The share of energy to keep of an update, or of a version of the global adapter.
 
-    What is left out waits for the next time, and so it counts for as long as that takes: with
-    ``absence`` versions between two updates, a part of 1 / absence of it is left out. In the first
-    versions, where optimisers make all steps alike and everything else builds on them, likewise.
+    In the first versions optimisers make all steps alike, and everything else builds on them: there
+    a quarter, a third, half as much is left out. Half as much also by a node that was not asked
+    before the last version: what it leaves out waits for long.
 
     Parameters
     ----------
@@ -35,14 +36,14 @@ def floor_after(energy: float, version: int, absence: int) -> float:
     version : int
         Of the global adapter, from 0.
     absence : int
-        Versions since the last update, 1 or more.
+        Versions since the node's last update.
 
     Examples
     --------
-    >>> [round(floor_after(0.5, version, 1), 3) for version in range(5)]
-    [0.875, 0.833, 0.75, 0.5, 0.5]
-    >>> floor_after(0.5, 100, 10)
-    0.95
+    >>> [round(floor_after(0.7, version), 3) for version in range(5)]
+    [0.925, 0.9, 0.85, 0.7, 0.7]
+    >>> floor_after(0.7, 100, absence=10)
+    0.85
     """
     return 1 - (1 - energy) / max(1, min(absence, _LONGEST), _FIRST - version)
 
@@ -103,7 +104,7 @@ class Reduction:
         check_support(self.support)
         check_energy(self.energy)
 
-    def after(self, version: int, absence: int) -> Reduction:
+    def after(self, version: int, absence: int = 1) -> Reduction:
         """The same with the share of energy that `floor_after` says."""
         return replace(self, energy=floor_after(self.energy, version, absence))
 

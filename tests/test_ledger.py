@@ -251,6 +251,7 @@ def test_nodes_say_what_their_updates_keep():
     for each in told.of(direction="up", kind="train"):
         assert 0 < each.cosine < 1
         assert each.relative_error == pytest.approx((1 - each.cosine**2) ** 0.5, abs=2e-3)
+        assert each.energy == pytest.approx(1 - each.relative_error**2, abs=1e-5)
     assert all(each.cosine is None for each in told.of(kind="evaluate"))
 
 

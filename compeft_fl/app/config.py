@@ -26,7 +26,7 @@ from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY
-from compeft_fl.reduction import ENERGY
+from compeft_fl.reduction import DOWN_ENERGY, ENERGY
 from compeft_fl.results.trackers import PACKAGES as TRACKERS
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
@@ -256,7 +256,10 @@ class AppConfig:
         high=1,
     )
     downlink_energy: float = _key(
-        ENERGY, "downlink-density=auto: as energy, of a change on the way down", above=0, high=0.999
+        DOWN_ENERGY,
+        "downlink-density=auto: as energy, of a change on the way down",
+        above=0,
+        high=0.999,
     )
     downlink_scale: str | float = _key(
         "mean", "size of what is kept on the way down, as scale", kind="rule or number"

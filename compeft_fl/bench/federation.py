@@ -205,7 +205,7 @@ class _OwnDown:
         before = self.version
         self._downlink.advance(adapter)
         if self.version > before:
-            self._deltas.append(self._downlink.needed(before).num_bytes)
+            self._deltas.append(self._downlink.lacking(before).num_bytes)
 
     def send(self, nodes: Sequence[int], score: RoundScore) -> None:
         sent: dict[int, tuple[Shipment, int]] = {}
@@ -220,10 +220,10 @@ class _OwnDown:
         for shipment, count in sent.values():
             score.updates += [("down", count, blob) for blob in shipment.blobs]
         if not self._dense:
-            joining = self._downlink.needed(self._start)
+            joining = self._downlink.lacking(self._start)
             score.joiner = joining.num_bytes
             if self.version >= LONG_ABSENCE:
-                missed = self._downlink.needed(self.version - LONG_ABSENCE)
+                missed = self._downlink.lacking(self.version - LONG_ABSENCE)
                 score.long_absence = missed.num_bytes
 
     @property

@@ -94,10 +94,9 @@ class CompressionMod:
     ----------
     density : float or "auto"
         In (0, 1]: the greatest share of parameters that is sent. "auto": as much as keeps a share
-        of the energy, and of support, signs and low-rank signs what does so in the fewest bytes.
+        of the energy, in the cheapest form, see `compeft_fl.reduction`.
     energy : float
-        In (0, 1): that share, for density "auto" alone. More of it is kept in the first rounds, and
-        by a node that is seldom asked: `compeft_fl.reduction.floor_after`.
+        In (0, 1): that share; more in the first rounds, and by a node that is seldom asked.
     scale : "mean", "norm" or float
         The scale rule, see `compeft_fl.compress`.
     support : "best" or "fixed"
@@ -111,9 +110,7 @@ class CompressionMod:
     codec : str
         A name of `compeft_fl.codecs.names`. The dense codecs send the whole task vector as it is:
         no density, no scale, no residual. Or "auto": for each update the one that arrives first.
-        "factored": low-rank signs, in the bytes that ternary values of that density take; see
-        `compeft_fl.factorize`. With density "auto" it is the codec of those updates that are
-        ternary.
+        "factored": low-rank signs, in the bytes that ternary values of that density take.
     link_mbps : float, optional
         The speed of this node's link in Mbit/s, for codec "auto", and for a server that gives each
         node a density by its link; the node config's ``link-mbps`` is before it.
@@ -358,7 +355,10 @@ class CompressionMod:
             content[CARRIED_KEY] = carried_record(changes.carried)
         reply.content = RecordDict(content)
         LOGGER.debug(
-            "CompressionMod: %d parameters, %d bytes", tau.num_parameters, sum(map(len, parts))
+            "CompressionMod: %d parameters, %d bytes, %.3g of the energy",
+            tau.num_parameters,
+            sum(map(len, parts)),
+            math.nan if quality is None else 1 - quality.relative_error**2,
         )
         state = replace(state, layout=tau.layout).after_training(update_id(parts), residual)
         return state, quality

@@ -28,7 +28,7 @@ from compeft_fl.errors import (
     ParameterError,
     StateError,
 )
-from compeft_fl.exchange.grid import Grid, start_bits, step_near
+from compeft_fl.exchange.grid import AUTO_BITS, Grid, start_bits, step_near
 from compeft_fl.exchange.replica import (
     MAX_DELTAS,
     Shipment,
@@ -38,7 +38,7 @@ from compeft_fl.exchange.replica import (
     on_cpu,
 )
 from compeft_fl.factored import FactoredVector
-from compeft_fl.reduction import ENERGY, Reduction
+from compeft_fl.reduction import AUTO, ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts
@@ -47,11 +47,6 @@ __all__ = ["Downlink", "distance"]
 
 
 _INSTEAD = 0.2  # the density of a ternary delta, where a factored one would leave the grid
-_SELDOM = (
-    2.5  # versions that a node lacks in the mean: from here on sums of low-rank signs, which are
-)
-# vectors of many different integers, are more bytes than those of ternary deltas
-_LATEST = 0.1  # the part of that mean that the last node has
 _NOTHING = Shipment("nothing")
 
 
@@ -69,8 +64,9 @@ class Downlink:
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
-        Version 0 is the start in 11 bits or fewer a parameter, 8 where a quarter of it or more is
-        in tensors of zeros (a LoRA before training), for nodes that cannot make it.
+        Version 0 is the start in 11 bits or fewer a parameter, 9 with density "auto", 8 where a
+        quarter of it or more is in tensors of zeros (a LoRA before training), for nodes that cannot
+        make it.
     seeded : bool
         Nodes can make the start: one that has missed more than the log holds makes it anew, and is
         sent all that came after it.
@@ -108,7 +104,10 @@ class Downlink:
         from compeft_fl.codecs import auto
         from compeft_fl.codecs.dense import Dense
 
-        self.reduction = Reduction(density, scale, support, codec == "factored", energy)
+        # Sums of low-rank signs are vectors of many different integers: catch-ups for nodes that
+        # are asked seldom would be large, so that they are sent only where the codec says so.
+        factored = codec == "factored"
+        self.reduction = Reduction(density, scale, support, factored, energy, low_rank=factored)
         adapter.check_finite()
         auto.check(codec, link_mbps)
         self.codec, self.link_mbps = codec, link_mbps
@@ -116,7 +115,6 @@ class Downlink:
         self.layout = adapter.layout
         self.version = 0
         self._coarse, self._seeded = coarse_start, seeded
-        self._absence = 1.0  # the versions that a node lacks, in the mean
         self.shared: NDArray[np.float32]  # theta_shared
         self._begin(on_cpu(adapter), 0)
         self._log: OrderedDict[int, bytes] = OrderedDict()  # version -> the delta that made it
@@ -183,18 +181,15 @@ class Downlink:
         self.shared = adapter.copy() if self._dense else self.grid.nearest(adapter)
         if self._coarse and not self._dense:
             bits = start_bits(adapter, self.layout)
+            if self.reduction.density == AUTO:
+                bits = min(bits, AUTO_BITS)
             self.shared, self._cuts = self.grid.coarse(adapter, self.layout, bits)
         self._start, self._started = self.shared, version
 
     def _delta(self, difference: NDArray[np.float32]) -> TernaryVector | FactoredVector:
         """The vector on the grid that theta_shared moves by."""
         tau = TaskVector(self.layout, difference)
-        seldom = self._absence > _SELDOM
-        reduction = replace(
-            self.reduction.after(self.version, round(self._absence)),
-            low_rank=not seldom,
-        )
-        delta = reduction(tau, self.grid.exponent)
+        delta = self.reduction.after(self.version)(tau, self.grid.exponent)
         if isinstance(delta, FactoredVector):
             values: Any = delta.values
             reached = np.abs(self.shared + values).max(initial=0.0)
@@ -220,12 +215,6 @@ class Downlink:
         Version 0 is every node's that can make the start, at any time. One object for each answer,
         as long as the version stands.
         """
-        if version is not None and 0 <= version < self.version:
-            self._absence += _LATEST * (self.version - version - self._absence)
-        return self.needed(version)
-
-    def needed(self, version: int | None) -> Shipment:
-        """As `lacking`, but that no node asks, and nothing is learned of how long they are away."""
         if version == self.version:
             return _NOTHING
         if version is None:
@@ -240,7 +229,7 @@ class Downlink:
         """Make what nodes at these versions need, each delta being read once for all of them."""
         known = {version for version in versions if version is not None}
         for version in sorted(known, reverse=True):
-            self.needed(version)
+            self.lacking(version)
         self._sum = None
 
     def _catch_up(self, version: int) -> Shipment:
@@ -256,7 +245,7 @@ class Downlink:
             self._sum = None  # not two vectors at a time
             moved = self.shared - self._start
         elif self._seeded and not self._started:
-            return self.needed(0)
+            return self.lacking(0)
         else:
             return self.snapshot()
         found = Shipment("catchup", self._steps(moved, version))

@@ -24,6 +24,7 @@
 - ``node_decode_seconds``: of a reply: how long the node took to decode the message that it answers.
 - ``cosine``, ``relative_error``: of a reply with an Update: how much the node says that it keeps of
   what was compressed, the task vector and the residual.
+- ``energy``: the same as a share of its energy, 1 - relative_error^2.
 - ``rank``: of a reply: that of the node's adapter; empty where it has all of the server's.
 - ``density``: of a reply with an Update: the share of its entries that are not 0.
 - ``link_mbps``, ``transfer_seconds``: of a reply, where the server gives each node a density by its
@@ -73,6 +74,7 @@ class Transfer:
     node_decode_seconds: float | None = None
     cosine: float | None = None
     relative_error: float | None = None
+    energy: float | None = None
     rank: int | None = None
     density: float | None = None
     link_mbps: float | None = None
@@ -322,6 +324,7 @@ def _transfer_of(row: dict[str, str]) -> Transfer:
         node_decode_seconds=_seconds(row["node_decode_seconds"]),
         cosine=_seconds(row["cosine"]),
         relative_error=_seconds(row["relative_error"]),
+        energy=_seconds(row["energy"]),
         rank=int(row["rank"]) if row["rank"] else None,
         density=_seconds(row["density"]),
         link_mbps=_seconds(row["link_mbps"]),

@@ -10,7 +10,7 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, distance
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.exchange.uplink import AT_RISK
-from compeft_fl.reduction import ENERGY
+from compeft_fl.reduction import DOWN_ENERGY
 from compeft_fl.server.base import Base
 from compeft_fl.task_vector import TaskVector
 
@@ -45,8 +45,7 @@ class DownlinkOptions:
         the energy, in the form that does so in the fewest bytes. Default: `DENSITY`, or
         `DENSITY_FEW` where fewer than half of the nodes train in a round.
     energy : float
-        In (0, 1): that share, for density "auto" alone; more in the first rounds, and where nodes
-        are asked seldom.
+        In (0, 1): that share, for density "auto" alone; more in the first rounds.
     scale : "mean", "norm" or float
         The deltas' scale rule, see `compeft_fl.compress`.
     support : "best" or "fixed"
@@ -71,7 +70,7 @@ class DownlinkOptions:
     first_contact: str = "coarse"
     link_mbps: float | None = None
     support: str = "best"
-    energy: float = ENERGY
+    energy: float = DOWN_ENERGY
 
     def __post_init__(self) -> None:
         if self.first_contact not in FIRST_CONTACTS:

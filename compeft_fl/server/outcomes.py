@@ -8,6 +8,7 @@ those that can be used; whoever merges them says of each, by `take` or `set_asid
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from compeft_fl.server.privacy import check_mods
 from compeft_fl.server.replies import Replies
 from compeft_fl.server.robustness import Candidate
 from compeft_fl.server.streaming_grid import ReplyStream, StreamingGrid
-from compeft_fl.server.transfers import Sender
+from compeft_fl.server.transfers import Sender, energy_of
 
 __all__ = ["Outcomes"]
 
@@ -47,6 +48,7 @@ class _Tally:
     num_bytes: int = 0
     failed: list[tuple[int, str]] = field(default_factory=list)
     settled: set[int] = field(default_factory=set)  # keys of replies
+    kept: list[float] = field(default_factory=list)  # shares of energy, as the nodes say
 
 
 class Outcomes:
@@ -147,6 +149,8 @@ class Outcomes:
         if tally.kind == "train":
             self._taken += 1
             self.broadcaster.took(reply.node_id)
+            if reply.answer is not None and reply.answer.quality is not None:
+                tally.kept.append(energy_of(reply.answer.quality[1]))
         metrics = next(iter(metric_records(reply.message.content).values()), None)
         self.observer.on_reply(
             tally.server_round, tally.kind, reply.node_id, reply.num_bytes, metrics, None
@@ -168,6 +172,13 @@ class Outcomes:
             len(tally.failed),
             tally.missing,
         )
+        if tally.kept:
+            LOGGER.info(
+                "\t├──> of their energy the updates keep %.2f (%.2f to %.2f)",
+                statistics.fmean(tally.kept),
+                min(tally.kept),
+                max(tally.kept),
+            )
 
     def close(self) -> None:
         """The strategy is done with the round's replies; what it has left out is said.

@@ -162,9 +162,15 @@ class Transfers:
                 decoding,
                 cosine,
                 error,
+                None if error is None else energy_of(error),
                 sender.rank,
                 sender.density if payload_bytes else None,
                 sender.mbps,
                 sender.seconds,
             )
         )
+
+
+def energy_of(relative_error: float) -> float:
+    """The share of energy that an update of this relative error keeps."""
+    return 1 - relative_error * relative_error
