@@ -32,7 +32,6 @@ from compeft_fl.factorize import factorize, keep_energy, kept_energy
 ROOT = Path(__file__).parents[1]
 DENSITIES = (0.02, 0.05, 0.1, 0.2)
 FLOORS = (0.5, 0.7, 0.9)
-STEPS = 60  # of training, for ranks that are not in data/taus
 COMMAND = "python simulations/bench_factored.py"
 
 Table = tuple[list[str], list[list[str]], str]
@@ -51,28 +50,31 @@ def taus() -> Iterator[tuple[str, cf.TaskVector]]:
     """The same, and those that are trained here."""
     yield from stored()
     for rank in (8, 16, 32):
-        for steps in (20, STEPS):
-            yield f"rank {rank}, {steps} steps of Adam", trained(rank, steps)
+        for rounds, tau in trained(rank):
+            yield f"rank {rank}, after {rounds} x 20 steps of Adam", tau
 
 
 @functools.cache
-def trained(rank: int, steps: int) -> cf.TaskVector:
-    """What so many steps change in MiniLM's LoRA, on the rows of one node."""
+def trained(rank: int) -> list[tuple[int, cf.TaskVector]]:
+    """What a node's first round changes in MiniLM's LoRA, and its first three without others."""
     import torch
 
     from compeft_fl.app.config import AppConfig
     from compeft_fl.app.tasks import data, model, training
 
     torch.set_num_threads(1)
-    keys = {"peft.r": rank, "peft.lora_alpha": 2 * rank, "local-steps": steps}
-    config = AppConfig.from_run_config(keys)
+    config = AppConfig.from_run_config({"peft.r": rank, "peft.lora_alpha": 2 * rank})
     rows = data.load(config)
     classifier = model.build(config, rows)
     start = {name: t.numpy().copy() for name, t in classifier.adapter_state().items()}
     here = data.node_rows(rows, {"partition-id": 0, "num-partitions": 10}, config)
-    training.train(classifier, here, config, 1)
-    end = {name: t.numpy() for name, t in classifier.adapter_state().items()}
-    return cf.TaskVector.between(start, end)
+    found = []
+    for number in (1, 2, 3):
+        training.train(classifier, here, config, number)
+        end = {name: t.numpy().copy() for name, t in classifier.adapter_state().items()}
+        if number != 2:
+            found.append((number, cf.TaskVector.between(start, end)))
+    return found
 
 
 def bits_of(update: Any) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+from local_grid import LocalGrid
 from low_rank import SHAPES, drawn
 from safetensors.numpy import load_file
 
@@ -16,7 +19,9 @@ from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.replica import Replica
 from compeft_fl.exchange.uplink import ErrorFeedback, within
 from compeft_fl.factorize import factorize, keep_energy, kept_energy
+from compeft_fl.mod import CompressionMod
 from compeft_fl.reduction import Reduction
+from compeft_fl.strategies import ComPEFTAverage, DownlinkOptions
 from compeft_fl.wire import messages
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +221,21 @@ def test_versions_of_terms_live_on_the_grid():
         shipment.blobs, downlink.version
     )
     assert joined.digest == downlink.digest
+
+
+@pytest.mark.parametrize("density", [0.2, "auto"])
+def test_a_federation_over_terms_both_ways(density, caplog):
+    """Two of four nodes a round: chains, catch-ups and starts, and all nodes follow."""
+    grid = LocalGrid(tiny.client_app(CompressionMod(codec="factored", density=density)), 4)
+    downlink = DownlinkOptions(codec="factored", density=density)
+    strategy = ComPEFTAverage(fraction_train=0.5, fraction_evaluate=0.5, downlink=downlink)
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        result = strategy.start(grid, tiny.arrays(), num_rounds=6)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("2 replies taken" in line and "aggregate_train" in line for line in lines) == 6
+    assert not any("set aside:" in line or "is sent what it lacks" in line for line in lines)
+    assert sum("of their energy the updates keep 0." in line for line in lines) == 6
+    assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
 
 
 def test_auto_density_on_the_way_down():
