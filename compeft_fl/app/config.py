@@ -135,7 +135,10 @@ class AppConfig:
     partition_column: str = _key("source", "column whose values stay together (partition=column)")
     min_rows: int = _key(8, "rows that every node gets at least", low=1)
 
-    peft_method: str = _key("lora", "PEFT method: lora, ia3, or another of peft's names")
+    peft_method: str = _key(
+        "lora",
+        "PEFT method: lora, ia3, or another of peft's names; full: all weights; bitfit: biases",
+    )
     peft: Mapping[str, Scalar] = dataclasses.field(default_factory=lambda: _PEFT_DEFAULTS)
     peft_options: str = _key("", "any further options of the PEFT method, as a JSON object")
 

@@ -14,6 +14,7 @@ BENCHES: Final = {
     "bandwidth": "seconds a round against the speed of the link",
     "learning": "accuracy against bytes, every codec and strategy on one federation",
     "few": "accuracy against bytes where few of many nodes take part in a round",
+    "paper": "ComPEFT's tables and figures, on the embedded tasks or on your model and data",
     "merge": "merging against PEFT and mergekit: time, memory, equality",
     "experts": "compressed experts: fetched, swapped, held in memory, composed",
 }
@@ -61,6 +62,8 @@ def add_parser(commands: Any) -> None:
         bench.set_defaults(handler=run, bench=name)
         if name in ("learning", "few"):
             _add_sweep(bench)
+        if name == "paper":
+            _add_paper(bench)
 
 
 def _add_sweep(bench: argparse.ArgumentParser) -> None:
@@ -68,6 +71,20 @@ def _add_sweep(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--seeds", metavar="N,...", help="other seeds, the same for all settings")
     bench.add_argument("--workers", type=_count, metavar="N", help="runs at a time (cores)")
     bench.add_argument("--report", action="store_true", help="run nothing, report what there is")
+
+
+def _add_paper(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "keys", metavar="key=value", nargs="*",
+        help="keys of the app for all of it: model=ORG/NAME data=FILE,FILE",
+    )  # fmt: skip
+    bench.add_argument(
+        "--only", metavar="PART,...", help="experts, ablations, merged, pareto, full"
+    )
+    bench.add_argument("--seeds", type=_count, metavar="N", help="how many seeds (3)")
+    bench.add_argument(
+        "--report", action="store_true", help="measure nothing, report what there is"
+    )
 
 
 def _folder(text: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 import compeft_fl
 from compeft_fl import codecs
-from compeft_fl.cli import adapters, bench, chat, deploy, evaluate, experts, run, state
+from compeft_fl.cli import adapters, bench, chat, deploy, evaluate, experts, report, run, state
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import CompeftError
 from compeft_fl.merging.accumulators import TIE_RULES
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     bench.add_parser(commands)
     state.add_parser(commands)
+    report.add_parser(commands)
     experts.add_parser(commands)
     _add_compress(commands)
     _add_decompress(commands)

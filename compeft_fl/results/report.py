@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from compeft_fl.disk.atomic import replacing
+from compeft_fl.errors import CompeftError
 from compeft_fl.exchange.records import LOGGER
-from compeft_fl.results import overhead
+from compeft_fl.results import html_report, overhead
 from compeft_fl.results.journal import RoundRecord, RunRecord
 from compeft_fl.results.units import percent, size
 
@@ -60,6 +61,10 @@ def write(folder: Path, record: RunRecord) -> dict[str, Any]:
     text = json.dumps(summary, indent=2) + "\n"
     with replacing(folder / SUMMARY_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    try:
+        html_report.write(folder / html_report.REPORT_FILE, [html_report.read_run(folder)])
+    except (OSError, CompeftError) as error:
+        LOGGER.warning("%s is not written: %s", html_report.REPORT_FILE, error)
     return summary
 
 

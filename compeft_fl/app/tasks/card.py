@@ -20,13 +20,18 @@ _KEYS: Final = (
 )  # fmt: skip
 
 
-def write(folder: Path, base_model: str, record: RunRecord) -> None:
-    """Write ``README.md``: the model card that Hugging Face reads, with the run's table."""
+def write(folder: Path, base_model: str, record: RunRecord, *, adapter: bool = True) -> None:
+    """Write ``README.md``: the model card that Hugging Face reads, with the run's table.
+
+    ``adapter``: the folder is PEFT's; otherwise it is a model of its own.
+    """
     config = record.config
-    library = "---\nlibrary_name: peft\n" + f"base_model: {json.dumps(base_model)}\n"
+    name = "peft" if adapter else "transformers"
+    library = f"---\nlibrary_name: {name}\n" + f"base_model: {json.dumps(base_model)}\n"
+    what = "An adapter for" if adapter else "A fine-tuning of"
     lines = [
         f"{library}tags: [federated-learning, compeft-fl]\n---\n",
-        f"# An adapter for {_plain(base_model)}\n",
+        f"# {what} {_plain(base_model)}\n",
         f"Trained by compeft-fl, federated: run {_plain(record.scenario)}, {record.nodes} nodes, "
         f"{record.num_parameters:,} parameters.\n",
         "| key | value |",

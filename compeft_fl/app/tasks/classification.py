@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compeft_fl.app.config import AppConfig
-from compeft_fl.app.tasks import card, data, model, training
+from compeft_fl.app.tasks import card, data, model, training, whole_network
 from compeft_fl.app.tasks.base import Score, Task, TrainResult, learning_rate
 from compeft_fl.app.tasks.peft_network import tensors_of
 from compeft_fl.errors import ConfigError
@@ -73,4 +73,7 @@ class Classification(Task):
         """See `Task`."""
         self.classifier.save(folder)
         network: Any = self.classifier.network
-        card.write(folder, network.peft_config["default"].base_model_name_or_path, record)
+        if whole_network.is_whole(network):
+            card.write(folder, self.config.model, record, adapter=False)
+        else:
+            card.write(folder, network.peft_config["default"].base_model_name_or_path, record)

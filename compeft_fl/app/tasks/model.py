@@ -6,6 +6,7 @@ from the same files, the same public calibration rows and the same seed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from compeft_fl import adapters
 from compeft_fl.adapters.base_digest import base_digest, check_base, note_base
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.node_keys import freeze
-from compeft_fl.app.tasks import stored_peft
+from compeft_fl.app.tasks import stored_peft, whole_network
 from compeft_fl.app.tasks.data import Rows, TextData
 from compeft_fl.app.tasks.devices import choose_device, choose_dtype
 from compeft_fl.app.tasks.peft_network import (
@@ -33,6 +34,7 @@ from compeft_fl.app.tasks.peft_network import (
 )
 from compeft_fl.app.tasks.peft_options import peft_config
 from compeft_fl.errors import ConfigError
+from compeft_fl.full import is_checkpoint_folder
 from compeft_fl.printable import one_line
 
 __all__ = ["EMBEDDED_MODEL", "Classifier", "PrototypeHead", "build", "load_adapter", "peft_config"]
@@ -162,7 +164,10 @@ class Classifier(nn.Module):
         if self.head is not None:
             head["scale"] = self.head.scale
             save_file({"prototypes": self.head.prototypes.cpu()}, folder / HEAD_WEIGHTS)
-        note_base(folder, self.base_digest)
+        if not whole_network.is_whole(self.network):
+            note_base(folder, self.base_digest)
+        else:
+            self.tokenizer.save_pretrained(str(folder))
         (folder / HEAD_CONFIG).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
 
 
@@ -192,10 +197,13 @@ def build(config: AppConfig, data: TextData, folder: Path | None = None) -> Clas
         bare = Classifier(base, None, tokenizer, data.labels, config.max_length)
         head = PrototypeHead(_prototypes(bare, data.validation)).to(device)
     torch.manual_seed(config.seed)
+    method = config.peft_method.lower()
     try:
         with quiet():
             if folder is not None:
                 network: Any = stored_peft.load(base, adapters.load_folder(folder), folder)
+            elif method in whole_network.METHODS:
+                network = whole_network.prepare(base, method)
             else:
                 network = get_peft_model(base, peft_config(config))
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
@@ -203,7 +211,7 @@ def build(config: AppConfig, data: TextData, folder: Path | None = None) -> Clas
             f"peft-method {config.peft_method} does not fit {config.model}: {error}"
         ) from error
     freeze(network, config)
-    if config.model == EMBEDDED_MODEL and folder is None:
+    if config.model == EMBEDDED_MODEL and folder is None and not whole_network.is_whole(network):
         network.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB_ID
     whole = Classifier(network, head, tokenizer, data.labels, config.max_length, digest)
     return whole.to(device)
@@ -240,11 +248,16 @@ def load_adapter(
         scale = float(head_config["scale"]) if config.head == "prototype" else 0.0
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder} is no adapter folder of this app: {one_line(error)}") from None
-    adapter = adapters.load_folder(folder)
-    base, tokenizer = _load_base(config, labels, choose_dtype(config))
-    digest = base_digest(base)
-    check_base(folder, digest)
-    network = stored_peft.load(base, adapter, folder)
+    if is_checkpoint_folder(folder):  # peft-method full: a model of its own
+        config = dataclasses.replace(config, model=str(folder))
+        network, tokenizer = _load_base(config, labels, choose_dtype(config))
+        digest = base_digest(network)
+    else:
+        adapter = adapters.load_folder(folder)
+        base, tokenizer = _load_base(config, labels, choose_dtype(config))
+        digest = base_digest(base)
+        check_base(folder, digest)
+        network = stored_peft.load(base, adapter, folder)
     head = None
     if config.head == "prototype":
         try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compeft_fl.app.tasks import whole_network
 from compeft_fl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,19 +60,28 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"given): {different[0][0]} {different[0][1]} is on one side only; "
             "model, head and peft keys must be the same everywhere"
         )
-    set_peft_model_state_dict(network, dict(state))
+    if whole_network.is_whole(network):
+        whole_network.load(network, state)
+    else:
+        set_peft_model_state_dict(network, dict(state))
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a PEFT adapter folder."""
+    """Write a PEFT adapter folder; of a network without an adapter, what was trained."""
     model: Any = network
+    if whole_network.is_whole(network):
+        with quiet():
+            whole_network.save(network, folder)
+        return
     with quiet():
         model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors where they are."""
+    """The adapter's tensors where they are, or what is trained where there is no adapter."""
+    if whole_network.is_whole(network):
+        return whole_network.state(network)
     from peft import PeftModel, get_peft_model_state_dict
 
     assert isinstance(network, PeftModel)

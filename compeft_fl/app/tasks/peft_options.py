@@ -7,6 +7,7 @@ import re
 from typing import Any, Final
 
 from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.app.tasks import whole_network
 from compeft_fl.app.tasks.peft_network import quiet
 from compeft_fl.errors import ConfigError
 
@@ -46,6 +47,8 @@ def peft_config(config: AppConfig, task_type: str | None = None) -> Any:
     methods = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
     method = config.peft_method.lower()
     if method not in methods:
+        if method in whole_network.METHODS:
+            raise ConfigError(f"peft-method {method}: task=instruction trains adapters only")
         raise ConfigError(f'peft-method: no method "{method}"{suggestion(method, methods)}')
     known = {
         field.name
