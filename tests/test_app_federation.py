@@ -59,6 +59,7 @@ def test_what_a_run_leaves(tiny_config, tmp_path):
         "ledger.csv",
         "metrics.csv",
         "progress.jsonl",
+        "report.html",
         "summary.json",
     ]
     with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,6 +130,8 @@ def test_streams_are_bounded(tmp_path, one):
 
 
 def test_a_silent_upload_is_ended_and_can_be_resumed(tmp_path, blob):
+    silence = threading.Event()
+
     def slow():
         yield experts_pb2.PushRequest(
             header=experts_pb2.PushHeader(
@@ -136,11 +139,11 @@ def test_a_silent_upload_is_ended_and_can_be_resumed(tmp_path, blob):
             )
         )
         yield experts_pb2.PushRequest(chunk=blob[:100])
-        time.sleep(1.5)
+        silence.wait(60)
         yield experts_pb2.PushRequest(chunk=blob[100:])
 
     with (
-        running(tmp_path / "store", silent_seconds=0.3) as server,
+        running(tmp_path / "store", silent_seconds=2.0) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         stub = experts_pb2_grpc.ExpertsStub(channel)
@@ -148,6 +151,10 @@ def test_a_silent_upload_is_ended_and_can_be_resumed(tmp_path, blob):
             stub.Push(slow())
         assert error.value.code() is grpc.StatusCode.CANCELLED
         asked = experts_pb2.ResumeRequest(digest=hashlib.sha256(blob).digest(), size=len(blob))
+        silence.set()
+        deadline = time.monotonic() + 20  # the server's file closes after the call
+        while stub.Resume(asked).offset != 100 and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert stub.Resume(asked).offset == 100
         raw_push(server, blob, offset=100, chunks=[blob[100:]])
         assert stub.List(experts_pb2.ListRequest()).experts[0].name == "x"

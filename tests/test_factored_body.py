@@ -56,6 +56,8 @@ def test_what_is_written_is_read_again_whole_and_in_parts(bits):
         at_tensors = [720, 1440, 1480, 1600]
         parts = messages.encode_parts(update, "factored", cuts=at_tensors)
         assert len(parts) == 5
+        with pytest.raises(errors.CoverageError):
+            cf.decode(parts[1])
         assert messages.decode_parts(parts[::-1]).values.tobytes() == update.values.tobytes()
 
 

@@ -90,7 +90,7 @@ const draw = () => {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink },
       margin: { l: 60, r: 10, t: 10, b: 50 }, hovermode: "closest", showlegend: data.length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-    }, { responsive: true, displaylogo: false });
+    }, { responsive: true, displayModeBar: false });
   }
 };
 (async () => {

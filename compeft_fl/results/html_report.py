@@ -29,6 +29,7 @@ __all__ = ["REPORT_FILE", "Run", "read_run", "write"]
 
 REPORT_FILE: Final = "report.html"
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_FEW: Final = 12  # rounds that each have a tick
 _LAYERS: Final = (  # what each adds to the one before
     ("payload (Updates)", "payload_bytes", None),
     ("records and metadata", "message_bytes", "payload_bytes"),
@@ -245,6 +246,7 @@ def _line(
     return {
         "type": "scatter",
         "mode": "lines+markers",
+        "connectgaps": True,
         "name": printable(name, 60),
         "x": list(x),
         "y": list(y),
@@ -252,6 +254,10 @@ def _line(
         "hovertemplate": "%{text}<extra></extra>",
         "line": {"color": _COLOURS[index % len(_COLOURS)]},
     }
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {"title": {"text": title, "standoff": 12}}
 
 
 def _percent(values: Sequence[float | None]) -> list[float | None]:
@@ -278,8 +284,13 @@ def _by_bytes(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
         accuracy, sent = _percent(run.summary["accuracy"]), _sent(run)
         hovers = _hovers(name, accuracy, sent)
         data.append(_line(name, index, sent[1:], accuracy[1:], hovers[1:]))
-    axis = {"title": {"text": "bytes up and down so far, all nodes"}, "type": "log"}
-    return {"data": data, "layout": {"xaxis": axis, "yaxis": {"title": {"text": "accuracy (%)"}}}}
+    axis = {
+        **_axis("bytes up and down so far, all nodes"),
+        "type": "log",
+        "dtick": "D2",  # 1, 2 and 5 of each power of ten
+        "exponentformat": "SI",
+    }
+    return {"data": data, "layout": {"xaxis": axis, "yaxis": _axis("accuracy (%)")}}
 
 
 def _by_round(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
@@ -288,7 +299,9 @@ def _by_round(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
         accuracy = _percent(run.summary["accuracy"])
         hovers = _hovers(name, accuracy, _sent(run))
         data.append(_line(name, index, range(len(accuracy)), accuracy, hovers))
-    layout = {"xaxis": {"title": {"text": "round"}}, "yaxis": {"title": {"text": "accuracy (%)"}}}
+    rounds = max(len(run.summary["accuracy"]) for run in runs)
+    ticks = {"dtick": 1} if rounds <= _FEW else {}
+    layout = {"xaxis": {**_axis("round"), **ticks}, "yaxis": _axis("accuracy (%)")}
     return {"data": data, "layout": layout}
 
 
@@ -306,7 +319,7 @@ def _by_layer(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
             hovers = [f"{html.escape(bar)}<br>{label}: {size(value)}"
                       for bar, value in zip(bars, values, strict=True)]  # fmt: skip
             data.append(_bar(label, index, bars, values, hovers))
-    layout = {"barmode": "stack", "yaxis": {"title": {"text": "bytes"}}}
+    layout = {"barmode": "stack", "yaxis": _axis("bytes")}
     return {"data": data, "layout": layout}
 
 
@@ -330,7 +343,7 @@ def _per_node(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
             ]
             label = f"{name}, {way}" if len(runs) > 1 else way
             data.append(_bar(label, 2 * index + at, nodes, values, hovers))
-    layout = {"barmode": "group", "yaxis": {"title": {"text": "payload bytes"}}}
+    layout = {"barmode": "group", "yaxis": _axis("payload bytes")}
     return {"data": data, "layout": layout}
 
 
