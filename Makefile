@@ -72,7 +72,7 @@ deploy: $(INSTALLED) ## run a federation over gRPC with TLS: SuperLink and 3 Sup
 test: $(INSTALLED) ## run the tests, and name the slowest (ARGS="-k golomb")
 	@$(BIN)/python -m pytest $(WORKERS) --durations=10 $(ARGS)
 
-test-fast: $(INSTALLED) ## the short tests, without processes and models: within a minute
+test-fast: $(INSTALLED) ## the short tests, without processes, models and federations: within a minute
 	@$(BIN)/python -m pytest $(WORKERS) -m "not processes and not models and not long" $(ARGS)
 
 check: lint types proto-check peers test ## what CI runs: ruff, mypy, generated code, tests

@@ -1,6 +1,7 @@
 """What kind a test is of, told from what it uses, so that nobody has to remember to say so.
 
-`make test-fast` leaves out what starts processes, builds or trains models, or takes long. A
+`make test-fast` leaves out what starts processes, builds or trains models, runs federations in
+process, or takes long. A
 test does so where a name that stands for it occurs in the test's own code, in its fixtures', or in
 that of the helpers of this folder which these use.
 """
@@ -23,11 +24,12 @@ NAMES = {
         "ProcessFamily",
         "multiprocessing",
         "run_jobs",
+        "serving",
         "subprocess",
         "warm",
     },
-    "models": {"logistic", "minilm", "peft", "tiny_model", "torch", "transformers"},
-    "long": {"bench_scale", "peak_memory", "tracemalloc"},
+    "models": {"Harness", "logistic", "minilm", "peft", "tiny_model", "torch", "transformers"},
+    "long": {"LocalGrid", "bench_scale", "peak_memory", "tracemalloc"},
 }
 STARTS_FLOWER = ("ray", "deploy", "slow_faults")
 HERE = Path(__file__).parent
