@@ -36,6 +36,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 import compeft_fl as cf  # noqa: E402
+from compeft_fl.exchange.downlink import Downlink  # noqa: E402
+from compeft_fl.reduction import Reduction  # noqa: E402
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec  # noqa: E402
 
 KINDS: dict[str, Callable[[np.random.Generator, int], Any]] = {
@@ -54,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where bench_gpu.json and .md go")
     parser.add_argument("--quick", action="store_true", help="small, and on the CPU if need be")
+    parser.add_argument("--only", default="", help="parts: identity,throughput,clients")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.quick:
         print("bench_gpu: no CUDA device here", file=sys.stderr)
@@ -61,20 +64,26 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    file = options.out / "bench_gpu.json"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    if options.only and file.exists():
+        found = json.loads(file.read_text()) | found
     parts: list[tuple[str, Callable[[], Any]]] = [
         ("identity", lambda: identity(device, options.quick)),
         ("throughput", lambda: throughput(device, options.quick)),
         ("clients", lambda: clients(device, options.quick)),
     ]
     for part, run in parts:
+        if options.only and part not in options.only.split(","):
+            continue
         started = time.perf_counter()
         found[part] = run()
         found[f"{part}_seconds"] = round(time.perf_counter() - started, 1)
-        (options.out / "bench_gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(found, indent=1) + "\n")
         print(part, json.dumps(found[part]), flush=True)
-    (options.out / "bench_gpu.md").write_text(page(found), encoding="utf-8")
-    return 0 if found["identity"]["different"] == [] else 1
+    if all(part in found for part, _ in parts):
+        (options.out / "bench_gpu.md").write_text(page(found), encoding="utf-8")
+    return 0 if not found.get("identity", {}).get("different") else 1
 
 
 # --- the same bytes ---------------------------------------------------------------------------
@@ -107,7 +116,59 @@ def identity(device: torch.device, quick: bool) -> dict[str, Any]:
                     count += 1
                     if cf.encode(here, codec) != cf.encode(there, codec):
                         different.append(f"{kind}, {d}, {codec}")
+            for made, what in ((low_rank(kind, values, device), "factored"),
+                               (catch_up(values, device), "steps")):  # fmt: skip
+                count += len(made)
+                different += [
+                    f"{kind}, {d}, {what}, {at}" for at, same in enumerate(made) if not same
+                ]
     return {"compared": count, "different": different}
+
+
+def low_rank(kind: str, values: Any, device: torch.device) -> list[bool]:
+    """Low-rank signs of a LoRA's two factors: the same bytes, and the same values read back."""
+    if values.size < 1000:
+        return []
+    width = values.size // 16
+    layout = Layout(
+        [TensorSpec("lora_A.weight", (8, width)), TensorSpec("lora_B.weight", (width, 8))]
+    )
+    tau = TaskVector(layout, values[: 16 * width])
+    there = TaskVector(layout, torch.from_numpy(tau.values).to(device))
+    found = []
+    for density in (0.02, 0.2):
+        reduction = Reduction(density, "mean", "best", factored=True, low_rank=True)
+        one, other = (cf.encode(reduction(each), "factored") for each in (tau, there))
+        here: Any = cf.decode(one).to_task_vector().values
+        back = torch.as_tensor(cf.decode(one, device=device).to_task_vector().values)
+        found.append(one == other and np.array_equal(back.cpu().numpy(), here))
+    return found
+
+
+def catch_up(values: Any, device: torch.device) -> list[bool]:
+    """Versions of the way down from a server whose adapter is on the device, and what a node that
+    missed some is sent, read on the device: the same as all on the CPU.
+    """
+    layout = Layout([TensorSpec("w", (values.size,))])
+    zeros = TaskVector.zeros(layout)
+    one, other = Downlink(zeros, density=0.1), Downlink(zeros, density=0.1)
+    scaled = np.clip(values, -8, 8).astype(np.float32)
+    for factor in (0.25, 0.5, 1.0):
+        adapter = (scaled * np.float32(factor)).astype(np.float32)
+        one.advance(TaskVector(layout, adapter))
+        other.advance(TaskVector(layout, torch.from_numpy(adapter).to(device)))
+    if not one.version:
+        return [other.version == 0]
+    change = TaskVector(layout, one.shared)
+    blob = cf.encode(change, "steps")
+    back = torch.as_tensor(cf.decode(blob, device=device).to_task_vector().values)
+    there = TaskVector(layout, torch.from_numpy(one.shared).to(device))
+    return [
+        one.digest == other.digest,
+        one.lacking(0).blobs == other.lacking(0).blobs,
+        np.array_equal(back.cpu().numpy(), one.shared),
+        cf.encode(there, "steps") == blob,
+    ]
 
 
 # --- throughput -------------------------------------------------------------------------------
@@ -185,6 +246,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 # --- clients ----------------------------------------------------------------------------------
 
 NODES, ROUNDS, STEPS, BATCH, LENGTH = 3, 4, 12, 8, 128
+WAYS = {"dense": (1.0, 1.0), "compressed": (0.1, 0.2), "auto": ("auto", "auto")}  # up, down
 
 
 def clients(device: torch.device, quick: bool) -> list[dict[str, Any]]:
@@ -193,7 +255,7 @@ def clients(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         write_base(Path(folder) / "base", quick)
         for precision in ("bf16", "4bit"):
-            for way in ("dense", "compressed"):
+            for way in WAYS:
                 rows.append(federate(Path(folder), precision, way, device, quick))
                 print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -258,7 +320,7 @@ def federate(
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     from compeft_fl.mod import CompressionMod
-    from compeft_fl.strategies import ComPEFTAverage
+    from compeft_fl.strategies import ComPEFTAverage, DownlinkOptions
 
     if device.type == "cuda":
         gc.collect()
@@ -281,7 +343,8 @@ def federate(
             result: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
         return result
 
-    mod = CompressionMod(density=0.1, state_dir=folder / f"state-{precision}-{way}")
+    up, down = WAYS[way]
+    mod = CompressionMod(density=up, state_dir=folder / f"state-{precision}-{way}")
 
     def timed(message: Any, context: Any, call_next: Any) -> Any:
         started, before = time.perf_counter(), spent["train"]
@@ -290,7 +353,7 @@ def federate(
         spent["messages"] += 1
         return reply
 
-    app = ClientApp(mods=[timed] if way == "compressed" else [])
+    app = ClientApp(mods=[] if way == "dense" else [timed])
 
     @app.train()
     def train(message: Any, context: Any) -> Any:
@@ -324,7 +387,9 @@ def federate(
         return MetricRecord({"loss": losses[-1]})
 
     options = {"fraction_evaluate": 0.0, "min_train_nodes": NODES, "min_available_nodes": NODES}
-    strategy: Any = ComPEFTAverage(**options) if way == "compressed" else FedAvg(**options)
+    strategy: Any = FedAvg(**options)
+    if way != "dense":
+        strategy = ComPEFTAverage(downlink=DownlinkOptions(density=down), **options)
     start = arrays()
     count = sum(int(np.prod(array.shape)) for array in start.values())
     grid = LocalGrid(app, NODES)
@@ -376,7 +441,8 @@ def page(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{NODES} nodes, {ROUNDS} rounds of {STEPS} steps, messages of Flower counted whole.",
+        f"{NODES} nodes, {ROUNDS} rounds of {STEPS} steps, messages of Flower counted whole. "
+        'Compressed: density 0.1 up, 0.2 down; auto: density="auto" both ways.',
         "",
         "| base | way | adapter | held-out loss by round | up, fewer bytes | down, fewer bytes "
         "| device memory | training a message | the mod a message |",

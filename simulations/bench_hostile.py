@@ -6,7 +6,7 @@ attack makes of its honest update, with a weight of 10^12. Each attack is run wi
 are on by default; "honest, no bounds" is the federation without any. One run a seed: a difference
 below two points is within what seeds differ by.
 
-    python simulations/bench_hostile.py --out DIR [--seeds 42,43] [--only flipped,huge]
+    python simulations/bench_hostile.py --out DIR [--seeds 42,43] [--only "flipped;huge"]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,17 @@ ATTACKS: dict[str, Callable[[Any], Any] | None] = {
 }
 
 
-def run(attack: str, seed: int) -> dict[str, Any]:
+def run(attack: str, seed: int, device: str) -> dict[str, Any]:
     """One federation; its summary."""
     with tempfile.TemporaryDirectory(prefix="bench-hostile-") as folder:
         os.environ["COMPEFT_FL_STATE_DIR"] = f"{folder}/state"
         config = dataclasses.replace(
-            AppConfig(), seed=seed, run_dir=f"{folder}/run", min_nodes=NODES
+            AppConfig(),
+            seed=seed,
+            run_dir=f"{folder}/run",
+            min_nodes=NODES,
+            device=device,
+            dtype="float32",
         )
         flat = config.to_run_config()
         layouts: list[Layout] = []
@@ -152,43 +157,66 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="42")
     parser.add_argument("--only", default="", help="attacks, separated by semicolons")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="only write the table")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     attacks = options.only.split(";") if options.only else list(ATTACKS)
-    found_file = options.out / "hostile.json"
-    for seed in map(int, options.seeds.split(",")):
+    folder = options.out / "hostile"
+    folder.mkdir(exist_ok=True)
+    for seed in [] if options.report else map(int, options.seeds.split(",")):
         for attack in attacks:
-            summary = run(attack, seed)
-            found = json.loads(found_file.read_text()) if found_file.exists() else {}
-            found[f"{attack}|{seed}"] = {name: summary[name] for name in ("accuracy", "loss")}
-            found_file.write_text(json.dumps(found, indent=1) + "\n")
+            file = folder / f"{attack.replace(' ', '-').replace(',', '')}-{seed}.json"
+            if file.exists():
+                continue
+            summary = run(attack, seed, options.device)
+            scores = {name: summary[name] for name in ("accuracy", "loss")}
+            file.write_text(json.dumps({"attack": attack, "seed": seed, **scores}) + "\n")
             last = summary["accuracy"][-3:]
             print(f"{attack}, seed {seed}: {', '.join(f'{each:.3f}' for each in last)}", flush=True)
-    (options.out / "hostile.md").write_text(page(json.loads(found_file.read_text())))
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    (options.out / "hostile.md").write_text(page(found))
     return 0
 
 
-def page(found: dict[str, Any]) -> str:
+def page(found: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
     lines = [
         "# One hostile node of ten in the default federation",
         "",
-        "`python simulations/bench_hostile.py --out DIR`",
+        "`python simulations/bench_hostile.py --seeds 42,43,44 --out DIR`",
         "",
-        "| the node | seed | accuracy after 10 rounds | loss | mean accuracy of rounds 8 to 10 |",
-        "|---|---|---|---|---|",
+        "Accuracy after ten rounds, and the mean of rounds 8 to 10: less of one round's luck.",
+        "",
+        "| the node | seeds | accuracy | loss | rounds 8 to 10 | against absent |",
+        "|---|---|---|---|---|---|",
     ]
+    absent = {each["seed"]: each for each in found if each["attack"] == "absent"}
     for attack in ATTACKS:
-        for key, scores in found.items():
-            name, seed = key.split("|")
-            if name == attack:
-                accuracy = scores["accuracy"]
-                lines.append(
-                    f"| {name} | {seed} | {100 * accuracy[-1]:.1f} % | {scores['loss'][-1]:.3f} "
-                    f"| {100 * sum(accuracy[-3:]) / 3:.1f} % |"
-                )
+        mine = [each for each in found if each["attack"] == attack]
+        if not mine:
+            continue
+        gaps = [
+            _late(each) - _late(absent[each["seed"]]) for each in mine if each["seed"] in absent
+        ]
+        lines.append(
+            f"| {attack} | {', '.join(str(each['seed']) for each in mine)} "
+            f"| {100 * _mean(each['accuracy'][-1] for each in mine):.1f} % "
+            f"| {_mean(each['loss'][-1] for each in mine):.3f} "
+            f"| {100 * _mean(map(_late, mine)):.1f} % "
+            f"| {f'{100 * _mean(gaps):+.1f} points' if gaps else '-'} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _late(scores: dict[str, Any]) -> float:
+    """The mean accuracy of the last three rounds."""
+    return _mean(scores["accuracy"][-3:])
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,23 @@ LEVERS = (
     Lever("factored 0.1, 0.1, 5 rounds twice as long", density=0.1, rounds=5, longer=2.0),
     Lever("factored 0.07, 0.1, 7 rounds half as long again", density=0.07, rounds=7, longer=1.5),
     Lever("auto, energy 0.5 both ways", density="auto", down_density="auto"),
+    Lever("auto, energy 0.7 both ways", density="auto", down_density="auto", energy=0.7),
+    Lever("factored 0.05, 0.05, step 1.5", down_density=0.05, step=1.5),
+    Lever("factored 0.05, 0.05, decay 1", down_density=0.05, decay=1.0),
+    Lever("factored 0.05, 0.05, decay 1, step 1.5", down_density=0.05, decay=1.0, step=1.5),
+    Lever("factored 0.05, 0.05, momentum 0.3", down_density=0.05, momentum=0.3),
+    Lever("factored 0.07, 0.05", density=0.07, down_density=0.05),
+    Lever("factored 0.04, 0.08", density=0.04, down_density=0.08),
+    Lever("factored 0.05 up, ternary down 0.1", down="golomb"),
+    Lever("ternary 0.1, 0.1", "golomb", "golomb", 0.1, 0.1),
+    Lever("ternary 0.1, 0.1, step 1.5", "golomb", "golomb", 0.1, 0.1, step=1.5),
+    Lever(
+        "factored 0.08, 0.08, falling by 0.9, step 1.5",
+        density=0.08,
+        down_density=0.08,
+        fall=0.9,
+        step=1.5,
+    ),
 )
 
 
@@ -178,12 +195,13 @@ class _PerTensor(Reduction):
         return ternary.with_scales(scales)
 
 
-def run(names: list[str], task: str, seed: int, whole: bool, out: Path) -> None:
+def run(names: list[str], task: str, seed: int, whole: bool, device: str, out: Path) -> None:
     """What is missing of some levers, one after the other over one model."""
     import torch
 
     torch.set_num_threads(1)
     keys: dict[str, Any] = {"seed": seed, "data": f"debian-{task}", "local-steps": STEPS}
+    keys |= {"device": device, "dtype": "float32"}
     nodes, base, start = 10 if whole else NODES, None, None
     for lever in [lever for lever in LEVERS if lever.name in names]:
         what = "all layers" if whole else "last layer"
@@ -311,6 +329,7 @@ def main() -> None:
     parser.add_argument("--task", default="section", choices=("section", "role"))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--whole", action="store_true", help="the app's default federation")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="only write the table")
     options = parser.parse_args()
     known = {lever.name: lever for lever in LEVERS}
@@ -319,7 +338,7 @@ def main() -> None:
             parser.error(f"expected levers among {'; '.join(known)}; found {name}")
     if not options.report:
         names = options.names or list(known)
-        run(names, options.task, options.seed, options.whole, options.out)
+        run(names, options.task, options.seed, options.whole, options.device, options.out)
     report(options.out)
 
 
