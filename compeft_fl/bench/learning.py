@@ -8,9 +8,11 @@ not run again, so the sweep can be stopped at any time and goes on with the same
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from compeft_fl.app.config import parse_assignment
 from compeft_fl.bench import learning_report as report
 from compeft_fl.bench.federation import Setting
 from compeft_fl.bench.sweep import Job, seeds_of, show_jobs
@@ -83,7 +85,11 @@ def jobs_of(
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then write learning.csv, learning.md and learning.png."""
     names = options.settings.split(",") if options.settings else None
-    jobs = jobs_of(options.quick, names, seeds_of(options.seeds))
+    keys = tuple(parse_assignment(text) for text in options.keys)
+    jobs = [
+        replace(job, keys=(*job.keys, *keys))
+        for job in jobs_of(options.quick, names, seeds_of(options.seeds))
+    ]
     folder: Path = options.out / ("learning-quick" if options.quick else "learning")
     folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
@@ -92,6 +98,6 @@ def run(options: argparse.Namespace) -> int:
     results = [found for job in jobs if (found := job.finished(folder)) is not None]
     if not results:
         raise CompeftError(f"no finished run in {folder}")
-    command = "compeft-fl bench learning" + (" --quick" if options.quick else "")
+    command = " ".join(["compeft-fl bench learning", *["--quick"] * options.quick, *options.keys])
     report.write(options.out, command, results, folder)
     return 0

@@ -62,6 +62,8 @@ def add_parser(commands: Any) -> None:
         bench.set_defaults(handler=run, bench=name)
         if name in ("learning", "few"):
             _add_sweep(bench)
+        if name == "learning":
+            _add_keys(bench, "device=cuda dtype=float32")
         if name == "paper":
             _add_paper(bench)
 
@@ -74,16 +76,19 @@ def _add_sweep(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_paper(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument(
-        "keys", metavar="key=value", nargs="*",
-        help="keys of the app for all of it: model=ORG/NAME data=FILE,FILE",
-    )  # fmt: skip
+    _add_keys(bench, "model=ORG/NAME data=FILE,FILE")
     bench.add_argument(
         "--only", metavar="PART,...", help="experts, ablations, merged, pareto, full"
     )
     bench.add_argument("--seeds", type=_count, metavar="N", help="how many seeds (3)")
     bench.add_argument(
         "--report", action="store_true", help="measure nothing, report what there is"
+    )
+
+
+def _add_keys(bench: argparse.ArgumentParser, example: str) -> None:
+    bench.add_argument(
+        "keys", metavar="key=value", nargs="*", help=f"keys of the app for all of it: {example}"
     )
 
 
