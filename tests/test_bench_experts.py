@@ -48,6 +48,13 @@ def test_every_way_of_swapping_is_in_the_table(bench, monkeypatch):
     assert all(row["fastest_ms"] <= row["median_ms"] <= row["p99_ms"] for row in rows)
 
 
+def test_other_devices_are_for_swaps_alone(capsys, tmp_path):
+    from compeft_fl.cli.main import main
+
+    assert main(["bench", "experts", "--device", "cuba", "--out", str(tmp_path)]) == 2
+    assert "expected cpu, or cuda where it is, found 'cuba'" in capsys.readouterr().err
+
+
 def test_the_error_is_that_of_the_means_of_seeds():
     found = [
         {"task": task, "form": form, "method": "factors", "candidates": 9, "evaluations": 24,

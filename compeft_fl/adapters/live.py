@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.adapters.folders import Adapter, check_direct, parse_config
+from compeft_fl.adapters.live_runs import write_runs
 from compeft_fl.adapters.starts import resized_start, start_of
 from compeft_fl.errors import AdapterError, LayoutError, NonFiniteError
 from compeft_fl.printable import quoted
@@ -206,24 +207,28 @@ class LiveAdapter:
 
         live = self._live(kind.layout)
         target = None if self.made else self._target(kind, update, live, carried)
+        start: float | list[torch.Tensor]
+        if kind.start_value is not None:
+            start = kind.start_value
+        else:
+            tensors = self._start(kind, carried)
+            start = [tensors[tensor.name] for tensor in kind.layout.tensors]
         with torch.no_grad():
-            if target is not None:
-                if kind.start_value is not None:
-                    _fill(live, kind.start_value)
+            if target is None:
+                to = [torch.empty_like(tensor) for tensor in live] if self.made else live
+                write_runs(to, kind.layout, update.masks(), update.scales, start)
+                if self.made:
+                    names = [tensor.name for tensor in kind.layout.tensors]
+                    made = dict(zip(names, to, strict=True))
+                    self._load_state(made | _as_tensors(carried))
+                    return
+            else:
+                if isinstance(start, float):
+                    _fill(live, start)
                 else:
-                    start = self._start(kind, carried)
-                    torch._foreach_copy_(live, [start[t.name] for t in kind.layout.tensors])
+                    torch._foreach_copy_(live, start)
                 update.into(target)
-                self._write_carried(carried)
-                return
-        masks, scales = update.masks(), update.scales
-
-        def change(index: int, where: slice, device: Any) -> torch.Tensor:
-            from compeft_fl.kernels import torch_ops
-
-            return torch_ops.to_dense_range(masks, float(scales[index]), where, device)
-
-        self.write_tensors(kind, change, carried)
+            self._write_carried(carried)
 
     def write_tensors(
         self,

@@ -66,6 +66,8 @@ class Bench:
         A key of `SIZES`.
     dtype : {"bfloat16", "float32"}
         Of the adapter's tensors in the model.
+    device : str
+        Where they lie.
 
     Attributes
     ----------
@@ -74,17 +76,17 @@ class Bench:
         Of the adapter, in the data type of the model.
     """
 
-    def __init__(self, size: str, dtype: str = "bfloat16") -> None:
+    def __init__(self, size: str, dtype: str = "bfloat16", device: str = "cpu") -> None:
         import torch
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
         if size not in SIZES:
             raise ParameterError(f"expected a size among {', '.join(SIZES)}; found {size!r}")
-        self.size, self.dtype, known = size, dtype, SIZES[size]
+        self.size, self.dtype, self.device, known = size, dtype, device, SIZES[size]
         with torch.device("meta"):
             config = LoraConfig(r=known.rank, target_modules=known.modules)
             self.model: Any = get_peft_model(known.base(), config)
-        materialise(self.model, getattr(torch, dtype))
+        materialise(self.model, getattr(torch, dtype), device)
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self.layout = Layout.of({name: state[name] for name in sorted(state)})
 
@@ -123,12 +125,12 @@ class Bench:
         return {name: torch.as_tensor(value).to(dtype) for name, value in values.items()}
 
 
-def materialise(model: Any, dtype: Any) -> None:
+def materialise(model: Any, dtype: Any, device: str = "cpu") -> None:
     """Give the adapters' tensors memory; the base stays without."""
     import torch
 
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if ".lora_" in name and weight is not None and weight.is_meta:
-            empty = torch.zeros(weight.shape, dtype=dtype)
+            empty = torch.zeros(weight.shape, dtype=dtype, device=device)
             module.weight = torch.nn.Parameter(empty, requires_grad=False)

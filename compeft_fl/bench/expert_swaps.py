@@ -2,10 +2,13 @@
 
 PEFT's ways start from dense tensors that are in memory already; ours from a Golomb-coded expert, or
 from its bit masks. A copy of the adapter's tensors is the bound that none of PEFT's ways is below.
+On a GPU, PEFT's dense tensors are in its own memory, which is its best case, and ours are not; the
+same from the CPU's memory, where thousands of experts would have to be, stands beside it.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 import tracemalloc
@@ -27,13 +30,16 @@ def swap_rows(bench: Bench) -> list[dict[str, Any]]:
     """A row for each way from one expert to another: median and p99 of turns, in milliseconds."""
     ways = _ways(bench)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    synchronise = _synchroniser(bench.device)
     for way in ways.values():
         way(0)
         way(1)
+        synchronise()
     for turn in range(_REPEATS[bench.size]):
         for name, way in ways.items():
             start = time.perf_counter()
             way(turn % 2)
+            synchronise()
             seconds[name].append(time.perf_counter() - start)
     copy = statistics.median(seconds["copy of the tensors"])
     hotswap = statistics.median(seconds["PEFT hotswap_adapter"])
@@ -45,6 +51,7 @@ def swap_rows(bench: Bench) -> list[dict[str, Any]]:
             {
                 "size": bench.size,
                 "dtype": bench.dtype,
+                "device": bench.device,
                 "parameters": bench.num_parameters,
                 "way": name,
                 "median_ms": round(1e3 * median, 3),
@@ -65,7 +72,8 @@ def _ways(bench: Bench) -> dict[str, Callable[[int], Any]]:
 
     model = bench.model
     experts = [bench.expert(seed) for seed in range(2)]
-    dense = [bench.dense_state(seed) for seed in range(2)]
+    here = [bench.dense_state(seed) for seed in range(2)]
+    dense = [{name: x.to(bench.device) for name, x in state.items()} for state in here]
     pools = {}
     for name in OURS:
         pool = ExpertPool(model, memory="8 GiB")
@@ -74,23 +82,26 @@ def _ways(bench: Bench) -> dict[str, Callable[[int], Any]]:
             if name == OURS[0]:
                 _held(pool, str(seed)).pack()
         pools[name] = pool
-    named = [
-        {name.replace(".weight", ".default.weight"): x for name, x in state.items()}
-        for state in dense
-    ]
+    named, named_here = (
+        [
+            {name.replace(".weight", ".default.weight"): x for name, x in state.items()}
+            for state in states
+        ]
+        for states in (dense, here)
+    )
     own = dict(model.named_parameters())
     live = [own[name] for name in named[0]]
     config = model.peft_config["default"]
 
-    def hotswap(turn: int) -> None:
-        hotswap_adapter_from_state_dict(model, named[turn], "default", config)
+    def hotswap(turn: int, states: Any = named) -> None:
+        hotswap_adapter_from_state_dict(model, states[turn], "default", config)
 
     def load(turn: int) -> None:
         set_peft_model_state_dict(model, dict(dense[turn]), adapter_name="default")
 
-    def copy(turn: int) -> None:
+    def copy(turn: int, states: Any = named) -> None:
         with torch.no_grad():
-            for to, of in zip(live, named[turn].values(), strict=True):
+            for to, of in zip(live, states[turn].values(), strict=True):
                 to.copy_(of)
 
     def ours(pool: ExpertPool) -> Callable[[int], Any]:
@@ -104,11 +115,25 @@ def _ways(bench: Bench) -> dict[str, Callable[[int], Any]]:
     }
     if bench.size != "160M":  # a second adapter in the model takes as much memory again
         model.add_adapter("second", config)
-        materialise(model, getattr(torch, bench.dtype))
+        materialise(model, getattr(torch, bench.dtype), bench.device)
         ways["PEFT set_adapter, both in the model"] = lambda turn: model.set_adapter(
             ("default", "second")[turn]
         )
+    if bench.device != "cpu":
+        ways["copy, from the CPU's memory"] = functools.partial(copy, states=named_here)
+        ways["PEFT hotswap_adapter, from the CPU's memory"] = functools.partial(
+            hotswap, states=named_here
+        )
     return ways
+
+
+def _synchroniser(device: str) -> Callable[[], object]:
+    """What waits until a device has done all that it was given."""
+    import torch
+
+    if device == "cpu":
+        return lambda: None
+    return functools.partial(torch.cuda.synchronize, device)
 
 
 def _held(pool: ExpertPool, name: str) -> Held:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from compeft_fl.bench import expert_links, expert_swaps, lorahub, results
 from compeft_fl.bench.expert_models import DENSITY, SIZES, Bench
+from compeft_fl.errors import ParameterError
 
 __all__ = ["PARTS", "run"]
 
@@ -31,6 +32,11 @@ def run(options: argparse.Namespace) -> int:
     sizes = _QUICK_SIZES if options.quick else tuple(SIZES)
     command = "compeft-fl bench experts"
     command += (f" --only {options.only}" if options.only else "") + " --quick" * options.quick
+    if options.device != "cpu":
+        if options.only != "swaps":
+            raise ParameterError("expected --only swaps, which alone is measured on other devices")
+        _swaps(out, f"{command} --device {options.device}", sizes, options.device)
+        return 0
     minutes = "some ten minutes" if options.quick else "about an hour and a half"
     results.say(f"{command}: {minutes} on two cores; results: {out}")
     for part in parts:
@@ -82,13 +88,14 @@ def _links(out: Path, command: str, sizes: Sequence[str]) -> None:
     plot(out / "experts.png", computed, "40M" if "40M" in sizes else sizes[-1])
 
 
-def _swaps(out: Path, command: str, sizes: Sequence[str]) -> None:
+def _swaps(out: Path, command: str, sizes: Sequence[str], device: str = "cpu") -> None:
     rows: list[dict[str, Any]] = []
     with results.Progress("swaps", len(sizes)) as progress:
         for size in sizes:
             progress.step(size, 1)
-            rows += expert_swaps.swap_rows(Bench(size))
-    results.write_csv(out / "experts_swaps.csv", rows)
+            rows += expert_swaps.swap_rows(Bench(size, device=device))
+    name = "experts_swaps" if device == "cpu" else "experts_swaps_cuda"
+    results.write_csv(out / f"{name}.csv", rows)
     heads = ["adapter", "way", "median ms", "p99 ms", "fastest ms", "of a copy", "of hotswap"]
     table = [
         [
@@ -99,7 +106,12 @@ def _swaps(out: Path, command: str, sizes: Sequence[str]) -> None:
     ]  # fmt: skip
     notes = f"{_NOTE} In turns; all from memory: ours compressed, PEFT's dense. The base has no "
     notes += "weights, so the model itself takes no part."
-    results.write_markdown(out / "experts_swaps.md", command, heads, table, notes)
+    if device != "cpu":
+        import torch
+
+        notes += f" On {torch.cuda.get_device_name(device)}: PEFT's dense tensors are in its memory"
+        notes += " where nothing else is said, ours in the CPU's."
+    results.write_markdown(out / f"{name}.md", command, heads, table, notes)
     results.show_table("from one expert to another", heads, table)
 
 

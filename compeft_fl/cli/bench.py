@@ -59,6 +59,9 @@ def add_parser(commands: Any) -> None:
             bench.add_argument(
                 "--only", choices=("links", "swaps", "memory", "lorahub"), help="one part of it"
             )  # fmt: skip
+            bench.add_argument(
+                "--device", type=_device, default="cpu", help="cuda: --only swaps, on a GPU"
+            )
         bench.set_defaults(handler=run, bench=name)
         if name in ("learning", "few"):
             _add_sweep(bench)
@@ -96,6 +99,15 @@ def _folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, found {text!r}")
     return Path(text)
+
+
+def _device(text: str) -> str:
+    if text != "cpu":
+        import torch
+
+        if not text.startswith("cuda") or not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"expected cpu, or cuda where it is, found {text!r}")
+    return text
 
 
 def _count(text: str) -> int:

@@ -209,9 +209,8 @@ class Held:
             else:
                 cpu_write.write_masks(*self._read_masks(), target)
 
-        scales = np.ascontiguousarray(
-            np.broadcast_to(self._scales, len(self.kind.layout.tensors)), np.float32
-        )
+        # A copy: what is broadcast is read-only, and torch warns of that.
+        scales = np.array(np.broadcast_to(self._scales, len(self.kind.layout.tensors)), np.float32)
         return Ternary(scales, into, self._read_masks)
 
     def stored(self) -> StoredUpdate:
