@@ -151,6 +151,8 @@ def _valid_calls(blobs: list[bytes]) -> Iterator[tuple[str, list[Any]]]:
             reference=experts_pb2.Reference(name="one", version=2), have=have[:1], catch_up=True
         )],
     )  # fmt: skip
+    begun = experts_pb2.PullRequest(reference=reference, begun=have[0], begun_size=9)
+    yield "Pull", [begun]
     yield "List", [experts_pb2.ListRequest(after="a", limit=3)]
     yield "Search", [experts_pb2.SearchRequest(words="one x", tags={"task": "x"}, limit=3)]
     yield "Search", [experts_pb2.SearchRequest(like="one", base_model="tiny")]

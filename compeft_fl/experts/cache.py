@@ -5,6 +5,7 @@
     CACHE/
       blobs/DIGEST          the files, named by their SHA-256
       partial/DIGEST        downloads that have not ended: the next one goes on there
+      begun/SERVER/NAME     the digest of a name's download that has not ended
       known/SERVER/NAME     what the server last said of a name: which version is the newest
       locks/...             one process at a time downloads a file, or evicts
 
@@ -92,8 +93,10 @@ class Cache:
         self.folder, self._max_bytes = folder, max_bytes
         with self._errors():
             self._blobs = Blobs(folder)
-            self._known, self._locks = folder / "known", folder / "locks"
-            for each in (self._known, self._locks):
+            self._known, self._begun, self._locks = (
+                folder / each for each in ("known", "begun", "locks")
+            )
+            for each in (self._known, self._begun, self._locks):
                 each.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
 
     @contextlib.contextmanager
@@ -202,11 +205,33 @@ class Cache:
                     self._blobs.remove(digest)
                     total -= size
 
+    def begin(self, server: str, expert: Expert) -> None:
+        """Remember that a download of an expert is begun, until it is here."""
+        file = self._file(server, expert.name, self._begun)
+        with self._errors():
+            file.parent.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+            with locked(self._locks / ".known"), replacing(file) as temporary:
+                temporary.write_text(expert.digest, encoding="ascii")
+
+    def begun(self, server: str, name: str) -> tuple[str, int]:
+        """The digest of what is here of a name in part, and its bytes; ``("", 0)``: nothing."""
+        file = self._file(server, name, self._begun)
+        try:
+            digest = check_digest(file.read_text(encoding="ascii"))
+            return digest, self._blobs.partial(digest).stat().st_size
+        except (OSError, ValueError, CompeftError):
+            return "", 0
+
+    def ended(self, server: str, name: str) -> None:
+        """Forget that a download is begun."""
+        with contextlib.suppress(OSError):
+            self._file(server, name, self._begun).unlink()
+
     # --- what servers have said ---------------------------------------------------------------
 
-    def _file(self, server: str, name: str) -> Path:
+    def _file(self, server: str, name: str, of: Path | None = None) -> Path:
         folder = hashlib.sha256(server.encode()).hexdigest()[:16]
-        return self._known / folder / check_name(name)
+        return (of or self._known) / folder / check_name(name)
 
     def remember(self, server: str, expert: Expert, *, newest: bool) -> None:
         """Keep what a server has said of a version."""

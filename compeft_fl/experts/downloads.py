@@ -51,10 +51,13 @@ class Downloads:
     def _try_fetch(
         self, meant: Reference, have: list[str], progress: Progress | None, tries: Tries
     ) -> tuple[Expert, int]:
+        begun, size = self._cache.begun(self._connection.server, meant.name)
         request = experts_pb2.PullRequest(
             reference=reference_message(meant),
             have=[bytes.fromhex(digest) for digest in have],
             catch_up=bool(have),
+            begun=bytes.fromhex(begun),
+            begun_size=size,
         )
         with self._connection.errors():
             call = self._stub.Pull(request, metadata=self._connection.metadata)
@@ -74,7 +77,8 @@ class Downloads:
                     raise BrokenExpertError(
                         f"expected {expert.size} bytes, found {header.header.size}"
                     )
-                return expert, self._download(call, expert, progress, tries)
+                at = header.header.offset
+                return expert, self._download(call, at, expert, progress, tries)
 
     def _catch_up(
         self, call: Any, expert: Expert, old: str, have: list[str], size: int
@@ -95,21 +99,26 @@ class Downloads:
         return len(content)
 
     def _download(
-        self, call: Any, expert: Expert, progress: Progress | None, tries: Tries
-    ) -> int:  # fmt: skip
-        """Write a file to the cache, going on where an earlier try has ended."""
+        self, call: Any, at: int, expert: Expert, progress: Progress | None, tries: Tries
+    ) -> int:
+        """Write a file to the cache, going on where an earlier try has ended.
+
+        What the server sends from another place on than where this one ended is not read: it is
+        asked anew, from there. Servers that know nothing of what is begun send from 0 on.
+        """
         with self._cache.downloading(expert.digest) as file:
             if self._cache.has(expert.digest):  # another process was faster
                 return 0
+            self._cache.begin(self._connection.server, expert)
             offset = file.tell()
             if offset > expert.size:
                 offset = 0
                 file.seek(0)
-            chunks = chunks_of(call, expert.size) if not offset else None
-            if chunks is None:
+            if at == offset:
+                chunks = chunks_of(call, expert.size - offset)
+            else:
                 call.cancel()
                 chunks = self._rest(expert, offset)
-            before = offset
             for chunk in chunks:
                 file.write(chunk)
                 tries.heard()
@@ -118,7 +127,8 @@ class Downloads:
             file.truncate()
             file.flush()
             self._cache.adopt(expert.digest)
-            return expert.size - before
+            self._cache.ended(self._connection.server, expert.name)
+            return expert.size - offset
 
     def _rest(self, expert: Expert, offset: int) -> Iterator[bytes]:
         """The bytes of a file from an offset on."""

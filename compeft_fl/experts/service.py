@@ -198,9 +198,12 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             if expert.digest in have:
                 yield experts_pb2.PullReply(header=header)
                 return
+            offset = request.offset
+            if request.begun.hex() == expert.digest and not offset:
+                offset = min(request.begun_size, expert.size)
             if request.catch_up and not request.offset:
                 old, content = self._smallest(have, expert)
-                if content is not None:
+                if content is not None and len(content) < expert.size - offset:
                     header.size, header.catch_up_from = len(content), bytes.fromhex(old)
                     yield experts_pb2.PullReply(header=header)
                     for at in range(0, len(content), CHUNK_BYTES):
@@ -210,13 +213,13 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                     yield experts_pb2.PullReply(end=end)
                     return
             with self._store.open(expert) as file:
-                if request.offset > expert.size:
+                if offset > expert.size:
                     raise ParameterError(
-                        f"expected an offset of at most {expert.size}, found {request.offset}"
+                        f"expected an offset of at most {expert.size}, found {offset}"
                     )
-                header.size, header.offset = expert.size, request.offset
+                header.size, header.offset = expert.size, offset
                 yield experts_pb2.PullReply(header=header)
-                file.seek(request.offset)
+                file.seek(offset)
                 while chunk := file.read(CHUNK_BYTES):
                     moved()
                     yield experts_pb2.PullReply(chunk=chunk)

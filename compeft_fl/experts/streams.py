@@ -18,7 +18,8 @@ Progress = Callable[[int, int], object]
 
 PATIENCE: Final = 6  # tries in a row that bring no byte, of a server that has answered before
 FIRST_PATIENCE: Final = 3  # of one that has not
-_WAIT: Final = 0.2  # seconds before the second try; doubled each time, up to
+_AT_ONCE: Final = 0.02  # seconds before a try that follows one which has brought something
+_WAIT: Final = 0.2  # seconds before others, doubled each time, up to
 _LONGEST_WAIT: Final = 3.0
 
 
@@ -28,17 +29,19 @@ class Tries:
     def __init__(self, patience: int = FIRST_PATIENCE) -> None:
         self._patience = patience
         self._failed = 0
+        self._heard = False
 
     def heard(self) -> None:
         """Something has come."""
-        self._failed, self._patience = 0, PATIENCE
+        self._failed, self._patience, self._heard = 0, PATIENCE, True
 
     def failed(self, error: UnavailableError) -> None:
         """Wait before the next try; raise the error where it was the last."""
         self._failed += 1
         if self._failed >= self._patience or not error.again:
             raise error
-        time.sleep(min(_LONGEST_WAIT, _WAIT * 2**self._failed))
+        time.sleep(_AT_ONCE if self._heard else min(_LONGEST_WAIT, _WAIT * 2**self._failed))
+        self._heard = False
 
 
 @contextlib.contextmanager

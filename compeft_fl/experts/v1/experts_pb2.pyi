@@ -126,16 +126,20 @@ class PushReply(_message.Message):
     def __init__(self, expert: _Optional[_Union[Expert, _Mapping]] = ..., was_there: bool = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("reference", "offset", "have", "catch_up")
+    __slots__ = ("reference", "offset", "have", "catch_up", "begun", "begun_size")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     CATCH_UP_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_SIZE_FIELD_NUMBER: _ClassVar[int]
     reference: Reference
     offset: int
     have: _containers.RepeatedScalarFieldContainer[bytes]
     catch_up: bool
-    def __init__(self, reference: _Optional[_Union[Reference, _Mapping]] = ..., offset: _Optional[int] = ..., have: _Optional[_Iterable[bytes]] = ..., catch_up: bool = ...) -> None: ...
+    begun: bytes
+    begun_size: int
+    def __init__(self, reference: _Optional[_Union[Reference, _Mapping]] = ..., offset: _Optional[int] = ..., have: _Optional[_Iterable[bytes]] = ..., catch_up: bool = ..., begun: _Optional[bytes] = ..., begun_size: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
     __slots__ = ("expert", "size", "offset", "catch_up_from")

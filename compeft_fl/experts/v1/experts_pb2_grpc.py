@@ -95,7 +95,7 @@ class ExpertsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """A header, then the bytes from the offset on, then their digest.
+        """A header, then the bytes from the header's offset on, then their digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
