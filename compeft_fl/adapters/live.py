@@ -41,7 +41,7 @@ class Ternary:
     ----------
     scales : ndarray of float32, shape (tensors,)
     into : callable
-        Takes a `Target`, and puts the nonzeros there.
+        Takes a `Target`, and puts the start and the nonzeros there.
     masks : callable
         Gives the two bit masks, for tensors that are not in the CPU's memory or not written by
         patterns of bits.
@@ -223,10 +223,6 @@ class LiveAdapter:
                     self._load_state(made | _as_tensors(carried))
                     return
             else:
-                if isinstance(start, float):
-                    _fill(live, start)
-                else:
-                    torch._foreach_copy_(live, start)
                 update.into(target)
             self._write_carried(carried)
 
@@ -329,8 +325,7 @@ class LiveAdapter:
 
         for tensor, spec in zip(live, kind.layout.tensors, strict=True):
             if (
-                tensor.device.type != "cpu"
-                or not tensor.is_contiguous()
+                not _is_here(tensor)
                 or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16)
                 or (kind.start_value is None and not _is_plain(tensor, spec))
             ):
@@ -338,18 +333,24 @@ class LiveAdapter:
         scales = torch.from_numpy(update.scales)
         if kind.start_value is None:
             start = self._start(kind, carried)
-            if any(start[tensor.name].dtype != torch.float32 for tensor in kind.layout.tensors):
+            froms = [start[tensor.name] for tensor in kind.layout.tensors]
+            if not all(_is_here(each) and each.dtype == torch.float32 for each in froms):
                 return None
             kinds = np.full(len(live), ADDED, np.uint8)
             plus, minus = _patterns(scales), _patterns(-scales)
+            starts = np.array([each.data_ptr() for each in froms], np.uint64)
         else:
             kinds = np.array([WIDE if t.element_size() == 4 else NARROW for t in live], np.uint8)
-            plus = _rounded(kind.start_value + scales, kind.layout, live)
-            minus = _rounded(kind.start_value - scales, kind.layout, live)
+            base = torch.full_like(scales, kind.start_value)
+            plus, minus, bits = (
+                _rounded(values, kind.layout, live)
+                for values in (base + scales, base - scales, base)
+            )
+            starts = bits.astype(np.uint64)
         addresses = np.array([tensor.data_ptr() for tensor in live], np.uint64)
         if np.unique(addresses).size < addresses.size:
             return None  # two names of one tensor, as Lily has them: nothing may be added twice
-        return Target(kind.layout.offsets, addresses, kinds, plus, minus)
+        return Target(kind.layout.offsets, addresses, kinds, starts.astype(np.uint64), plus, minus)
 
 
 def model_config(model: Any, adapter_name: str = "default") -> dict[str, Any]:
@@ -406,14 +407,8 @@ def _torch_dtype(name: str) -> Any:
     return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def _fill(tensors: list[torch.Tensor], value: float) -> None:
-    import torch
-
-    if value == 0:
-        torch._foreach_zero_(tensors)
-        return
-    for tensor in tensors:
-        tensor.fill_(value)
+def _is_here(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _is_plain(tensor: torch.Tensor, spec: TensorSpec) -> bool:
