@@ -58,30 +58,24 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small, and on the CPU if need be")
     parser.add_argument("--only", default="", help="parts: identity,throughput,clients")
     options = parser.parse_args()
-    if not torch.cuda.is_available() and not options.quick:
+    if not (torch.cuda.is_available() or options.quick):
         print("bench_gpu: no CUDA device here", file=sys.stderr)
         return 3
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     file = options.out / "bench_gpu.json"
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__}
-    if options.only and file.exists():
-        found = json.loads(file.read_text()) | found
-    parts: list[tuple[str, Callable[[], Any]]] = [
-        ("identity", lambda: identity(device, options.quick)),
-        ("throughput", lambda: throughput(device, options.quick)),
-        ("clients", lambda: clients(device, options.quick)),
-    ]
-    for part, run in parts:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    found["torch"] = torch.__version__
+    for part, run in PARTS.items():
         if options.only and part not in options.only.split(","):
             continue
         started = time.perf_counter()
-        found[part] = run()
+        found[part] = run(device, options.quick)
         found[f"{part}_seconds"] = round(time.perf_counter() - started, 1)
         file.write_text(json.dumps(found, indent=1) + "\n")
         print(part, json.dumps(found[part]), flush=True)
-    if all(part in found for part, _ in parts):
+    if all(part in found for part in PARTS):
         (options.out / "bench_gpu.md").write_text(page(found), encoding="utf-8")
     return 0 if not found.get("identity", {}).get("different") else 1
 
@@ -150,17 +144,12 @@ def catch_up(values: Any, device: torch.device) -> list[bool]:
     missed some is sent, read on the device: the same as all on the CPU.
     """
     layout = Layout([TensorSpec("w", (values.size,))])
-    zeros = TaskVector.zeros(layout)
-    one, other = Downlink(zeros, density=0.1), Downlink(zeros, density=0.1)
-    scaled = np.clip(values, -8, 8).astype(np.float32)
+    one, other = (Downlink(TaskVector.zeros(layout), density=0.1) for _ in range(2))
     for factor in (0.25, 0.5, 1.0):
-        adapter = (scaled * np.float32(factor)).astype(np.float32)
+        adapter = (np.clip(values, -8, 8) * np.float32(factor)).astype(np.float32)
         one.advance(TaskVector(layout, adapter))
         other.advance(TaskVector(layout, torch.from_numpy(adapter).to(device)))
-    if not one.version:
-        return [other.version == 0]
-    change = TaskVector(layout, one.shared)
-    blob = cf.encode(change, "steps")
+    blob = cf.encode(TaskVector(layout, one.shared), "steps")
     back = torch.as_tensor(cf.decode(blob, device=device).to_task_vector().values)
     there = TaskVector(layout, torch.from_numpy(one.shared).to(device))
     return [
@@ -266,11 +255,9 @@ def write_base(folder: Path, quick: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    size = (
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        if quick
-        else {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
-    )
+    size = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+    if quick:
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = 4 if quick else 32
     config = LlamaConfig(
         vocab_size=1024, num_attention_heads=heads, num_key_value_heads=4,
@@ -370,10 +357,8 @@ def federate(
             optimizer.step()
             optimizer.zero_grad()
             total += float(loss)
-        content = {
-            "arrays": arrays(),
-            "metrics": MetricRecord({"num-examples": steps * BATCH, "loss": total / steps}),
-        }
+        metrics = MetricRecord({"num-examples": steps * BATCH, "loss": total / steps})
+        content = {"arrays": arrays(), "metrics": metrics}
         spent["train"] += time.perf_counter() - started
         return Message(RecordDict(content), reply_to=message)
 
@@ -396,7 +381,7 @@ def federate(
     strategy.start(grid, start, num_rounds=rounds, timeout=600, evaluate_fn=evaluate)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     dense = 4 * count * NODES * rounds
-    row = {
+    return {
         "precision": precision,
         "way": way,
         "adapter": count,
@@ -409,7 +394,6 @@ def federate(
         "train_seconds": round(spent["train"] / (NODES * rounds), 3),
         "mod_seconds": round(spent["mod"] / max(1, spent["messages"]), 3),
     }
-    return row
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -457,6 +441,9 @@ def page(found: dict[str, Any]) -> str:
     ]
     return "\n".join(lines) + "\n"
 
+
+PARTS: dict[str, Callable[[torch.device, bool], Any]]
+PARTS = {"identity": identity, "throughput": throughput, "clients": clients}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -73,7 +73,9 @@ def test_the_client_sees_ordinary_arrays():
 
 def test_the_reply_is_one_small_update_relative_to_the_broadcast():
     state = tiny.adapter()
-    reply, _ = over_the_wire(tiny.client_app(CompressionMod())(broadcast(state), context()))
+    reply, _ = over_the_wire(
+        tiny.client_app(CompressionMod(density=0.1))(broadcast(state), context())
+    )
     update = update_in(reply, state)
     wanted = compress(tau_of(state), 0.1, "mean")
     np.testing.assert_array_equal(update.positive, wanted.positive)
@@ -155,7 +157,9 @@ def test_a_residual_for_another_adapter_is_dropped_and_said(caplog):
     other = NodeState(Layout([TensorSpec("w", (2,))]), residual=np.ones(2, np.float32))
     with NodeMemory.of(context(), "run-1") as memory:
         assert memory.save(other)
-    update = update_in(tiny.client_app(CompressionMod())(broadcast(state), context()), state)
+    update = update_in(
+        tiny.client_app(CompressionMod(density=0.1))(broadcast(state), context()), state
+    )
     wanted = compress(tau_of(state), 0.1, "mean")
     np.testing.assert_array_equal(update.positive, wanted.positive)
     assert "residual is for another layout" in caplog.text
@@ -163,7 +167,7 @@ def test_a_residual_for_another_adapter_is_dropped_and_said(caplog):
 
 
 def test_a_damaged_state_is_lost_and_said(caplog):
-    app, state = tiny.client_app(CompressionMod()), tiny.adapter()
+    app, state = tiny.client_app(CompressionMod(density=0.1)), tiny.adapter()
     app(broadcast(state), context())
     (file,) = Path(os.environ["COMPEFT_FL_STATE_DIR"]).glob("*/*/state.safetensors")
     content = bytearray(file.read_bytes())
@@ -216,7 +220,7 @@ def with_more(state):
     ],
 )
 def test_another_layout_becomes_an_error_reply(change, said):
-    app = tiny.client_app(CompressionMod(), train=lambda state, context: change(state))
+    app = tiny.client_app(CompressionMod(density=0.1), train=lambda state, context: change(state))
     reply = app(broadcast(tiny.adapter()), context())
     assert reply.error.reason.startswith("CompressionMod: LayoutError: expected")
     assert re.search(said, reply.error.reason)

@@ -41,6 +41,10 @@ def tau_of(node: int, state: dict) -> cf.TaskVector:
     return cf.TaskVector.between(state, tiny.train_step(state, context))
 
 
+def tenth() -> CompressionMod:
+    return CompressionMod(density=0.1)
+
+
 def merged(name: str, state: dict, nodes, density: float = 0.1) -> dict:
     """One round, without Flower."""
     updates = [cf.compress(tau_of(node, state), density, "mean") for node in nodes]
@@ -68,7 +72,7 @@ def grid_of(*mods, nodes: int = 4, **more) -> LocalGrid:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_round_is_the_merge_of_the_clients_updates(name, dtype):
     state = tiny.adapter(dtype)
-    result = start(EVERY[name][0](), grid_of(CompressionMod()), state=state)
+    result = start(EVERY[name][0](), grid_of(tenth()), state=state)
     # Flower samples nodes in a random order, and sums in float64 differ in their last bits.
     assert_same(
         result.arrays, merged(name, state, NODES), rtol=1e-6 if dtype == np.float32 else 1e-3
@@ -86,7 +90,7 @@ def test_rounds_follow_each_other_and_evaluation_sees_the_merge(name):
         return MetricRecord({"sum": float(evaluated[server_round])})
 
     strategy = EVERY[name][0](downlink=DENSE)
-    result = start(strategy, grid_of(CompressionMod()), 3, evaluate_fn=evaluate)
+    result = start(strategy, grid_of(tenth()), 3, evaluate_fn=evaluate)
     assert list(evaluated) == [0, 1, 2, 3]
     assert len(set(evaluated.values())) == 4
     for server_round in (1, 2, 3):
@@ -127,7 +131,7 @@ def test_bad_replies_are_set_aside_and_the_round_goes_on(name, caplog):
         return BAD_REPLIES[fault_of[node]][0](reply) if node in fault_of else [reply]
 
     strategy = EVERY[name][0](fraction_evaluate=0.0)
-    grid = grid_of(CompressionMod(), nodes=len(nodes), fault=fault)
+    grid = grid_of(tenth(), nodes=len(nodes), fault=fault)
     result = start(strategy, grid, state=state)
     assert_same(result.arrays, merged(name, state, good), rtol=1e-6)
     losses = 3 / sum(tiny.num_examples(node) for node in good)
@@ -154,9 +158,7 @@ def assert_said(caplog, fault_of: dict[int, str]) -> None:
 def test_with_no_usable_reply_the_adapter_stays(name, fault, caplog):
     make, said = BAD_REPLIES[fault]
     strategy = EVERY[name][0]()
-    grid = grid_of(
-        CompressionMod(), fault=lambda node, reply: make(reply) if train(reply) else [reply]
-    )
+    grid = grid_of(tenth(), fault=lambda node, reply: make(reply) if train(reply) else [reply])
     with pytest.raises(NoUsableReplyError, match="used: 8 training messages; of 8: ") as failure:
         start(strategy, grid, 2)
     assert said in str(failure.value)
@@ -175,7 +177,7 @@ def train(reply: Message) -> bool:
 
 def test_a_second_reply_to_one_message_is_set_aside(caplog):
     state = tiny.adapter()
-    doubled = grid_of(CompressionMod(), fault=lambda node, reply: [reply, reply])
+    doubled = grid_of(tenth(), fault=lambda node, reply: [reply, reply])
     result = start(ComPEFTAverage(), doubled, state=state)
     assert_same(result.arrays, merged("average", state, NODES), rtol=1e-6)
     assert caplog.text.count("expected one reply to a message, found a second") == 8
@@ -185,7 +187,7 @@ def test_a_second_reply_to_one_message_is_set_aside(caplog):
 def test_a_node_that_does_not_answer_in_time_is_named(name, caplog):
     state = tiny.adapter()
     strategy = EVERY[name][0](fraction_evaluate=0.0)
-    grid = grid_of(CompressionMod(), delays={NODES[2]: 60.0})
+    grid = grid_of(tenth(), delays={NODES[2]: 60.0})
     result = start(strategy, grid, state=state, timeout=0.05)
     assert_same(result.arrays, merged(name, state, [n for n in NODES if n != NODES[2]]), rtol=1e-6)
     assert f"no reply from node {NODES[2]} after 0.05 s" in caplog.text
@@ -203,7 +205,7 @@ def test_an_unexpected_error_stops_no_round(caplog, monkeypatch):
         return cf.decode(blob[0], layout=self.layout), None
 
     monkeypatch.setattr("compeft_fl.server.base.Base.read", read)
-    start(strategy, grid_of(CompressionMod()))
+    start(strategy, grid_of(tenth()))
     assert strategy.observer.train[1].replies == 3
     assert "RecursionError: a mistake" in caplog.text
     assert "Traceback" in caplog.text
@@ -233,7 +235,7 @@ def metrics_fault(values):
 )
 def test_odd_metrics_cost_the_metrics_and_not_the_update(name, values, caplog):
     state = tiny.adapter()
-    grid = grid_of(CompressionMod(), fault=metrics_fault(values))
+    grid = grid_of(tenth(), fault=metrics_fault(values))
     result = start(EVERY[name][0](), grid, state=state)
     assert_same(result.arrays, merged(name, state, NODES), rtol=1e-6)
     others = [tiny.num_examples(node) for node in NODES[1:]]
@@ -251,7 +253,7 @@ def test_metric_functions_of_the_user_are_called_with_the_metrics():
         assert not any(content.array_records for content in contents)
         return MetricRecord({"count": len(contents)})
 
-    app = ClientApp(mods=[CompressionMod()])
+    app = ClientApp(mods=[tenth()])
 
     @app.train()
     def _train(msg, ctx):
@@ -272,7 +274,7 @@ def test_metric_functions_of_the_user_are_called_with_the_metrics():
 
 
 def test_the_broadcast_is_encoded_once_and_shared():
-    strategy, grid = ComPEFTAverage(), grid_of(CompressionMod())
+    strategy, grid = ComPEFTAverage(), grid_of(tenth())
     record, config = tiny.arrays(), ConfigRecord({"lr": 0.5})
     messages = list(strategy.configure_train(1, record, config, grid))
     assert sorted(m.metadata.dst_node_id for m in messages) == NODES
@@ -315,7 +317,7 @@ def test_an_observer_is_told_of_every_message():
     observer = Observer()
     make, _ = BAD_REPLIES["another base version"]
     grid = grid_of(
-        CompressionMod(),
+        tenth(),
         fault=lambda n, r: make(r) if n == NODES[3] and train(r) else [r],
     )
     start(ComPEFTAverage(observer=observer), grid)
@@ -342,7 +344,7 @@ def test_settings_out_of_range_are_rejected_at_once():
 def test_scaling_scales():
     state = tiny.adapter()
     one, two = (
-        start(ComPEFTTaskArithmetic(scaling=s), grid_of(CompressionMod()), state=state).arrays
+        start(ComPEFTTaskArithmetic(scaling=s), grid_of(tenth()), state=state).arrays
         for s in (1.0, 2.0)
     )
     steps = [tiny.flat(tiny.state_of(record)) - tiny.flat(state) for record in (one, two)]
@@ -363,7 +365,7 @@ def test_scaling_scales():
 def test_initial_arrays_that_are_no_adapter_are_rejected_before_any_message(
     name, state, error, said
 ):
-    grid = grid_of(CompressionMod())
+    grid = grid_of(tenth())
     with pytest.raises(error, match=said):
         EVERY[name][0]().start(grid, ArrayRecord({k: Array(v) for k, v in state.items()}))
     assert grid.sent == []
@@ -374,7 +376,7 @@ def test_a_sum_beyond_the_data_type_leaves_the_adapter(caplog):
         return {name: value + np.float16(60000) for name, value in state.items()}
 
     state = {"w": np.zeros(64, np.float16)}
-    grid = LocalGrid(tiny.client_app(CompressionMod(), train=train), 3)
+    grid = LocalGrid(tiny.client_app(tenth(), train=train), 3)
     result = start(ComPEFTTaskArithmetic(scaling=1.0), grid, state=state)
     assert_same(result.arrays, state)
     assert "the merge cannot be used; the global adapter stays as it was" in caplog.text
@@ -388,11 +390,11 @@ def test_aggregation_needs_a_round():
 
 def test_rounds_without_training_or_evaluation():
     strategy = ComPEFTAverage(fraction_train=0.0)
-    result = start(strategy, grid_of(CompressionMod()))
+    result = start(strategy, grid_of(tenth()))
     assert_same(result.arrays, tiny.adapter())
     assert set(strategy.observer.evaluate) == {1}
     strategy = ComPEFTAverage(fraction_evaluate=0.0)
-    grid = grid_of(CompressionMod())
+    grid = grid_of(tenth())
     start(strategy, grid)
     assert {kind for kind, _ in grid.sent} == {"train"}
 
@@ -401,7 +403,7 @@ def test_a_part_of_the_nodes_is_sampled():
     strategy = ComPEFTTies(
         fraction_train=0.5, min_train_nodes=1, fraction_evaluate=0.25, min_evaluate_nodes=1
     )
-    start(strategy, grid_of(CompressionMod()))
+    start(strategy, grid_of(tenth()))
     assert (strategy.observer.train[1].nodes, strategy.observer.evaluate[1].nodes) == (2, 1)
 
 
@@ -436,7 +438,7 @@ def test_two_lines_in_a_flower_app():
         return result.arrays.to_numpy_ndarrays()[0].mean(), grid.bytes_up
 
     before = sizes(FedAvg(fraction_evaluate=0.0), app())
-    after = sizes(ComPEFTAverage(fraction_evaluate=0.0), app(mods=[CompressionMod(density=0.1)]))
+    after = sizes(ComPEFTAverage(fraction_evaluate=0.0), app(mods=[tenth()]))
     assert before[0] == pytest.approx(0.2)
     assert after[0] == pytest.approx(0.03, rel=0.1)  # a tenth at 0.1, then a tenth at 0.2
     assert before[1] > 20 * after[1]  # with Flower's own bytes, of two rounds and two nodes

@@ -27,6 +27,7 @@ from compeft_fl.results.journal import PROGRESS_FILE, Journal
 from compeft_fl.results.report import TASK_MARK
 from compeft_fl.results.trackers import Trackers, check_installed
 from compeft_fl.server.checkpoint import alone_in
+from compeft_fl.server.downlink_options import DENSITY, FEW
 from compeft_fl.tensor_policy import LEFT, TensorPolicy
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     downlink = strategies.DownlinkOptions(
         codec=config.downlink_codec if config.downlink == "compressed" else "dense",
         link_mbps=config.link_mbps,
-        density=config.downlink_density or None,
+        density=config.downlink_density or _usual_density(config),
         energy=config.downlink_energy,
         scale=config.downlink_scale,
         support=config.downlink_support,
@@ -216,6 +217,11 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
     if config.strategy == "ties":
         return strategies.ComPEFTTies(scaling=config.scaling, tie=config.tie, **options)
     return strategies.ComPEFTAverage(**options)
+
+
+def _usual_density(config: AppConfig) -> float | None:
+    """The density on the way down where none is set; None: as the strategies choose for few."""
+    return DENSITY if config.fraction_train >= FEW else None
 
 
 def _node_options(config: AppConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl import codecs, merging
+from compeft_fl.codecs.auto import codec_of
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.node_state import NodeState
@@ -170,7 +171,8 @@ class _OwnUplink:
                     of.density, "mean", support=of.support, decay=of.decay
                 )
             update = self._nodes[node].compress(tau)
-        blob = encode(update, self._codec, layout_by_id=True, base_version=version)
+        codec = codec_of(update, self._codec)
+        blob = encode(update, codec, layout_by_id=True, base_version=version)
         return blob, decode(blob, layout=tau.layout, base_version=version)
 
 

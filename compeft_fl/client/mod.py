@@ -4,7 +4,7 @@
 
     from compeft_fl.mod import CompressionMod
 
-    app = ClientApp(mods=[CompressionMod(density=0.1)])
+    app = ClientApp(mods=[CompressionMod()])
 
 The train function stays as it is: it takes an ArrayRecord of adapter weights and returns one. The
 server needs a strategy that reads Updates: one of `compeft_fl.strategies`.
@@ -62,7 +62,7 @@ from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, c
 from compeft_fl.quality import Quality
 from compeft_fl.ranks import check_rank
 from compeft_fl.rates import Rate
-from compeft_fl.reduction import ENERGY, Reduction
+from compeft_fl.reduction import AUTO, ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, RANK_KEY, encode_parts
@@ -156,7 +156,7 @@ class CompressionMod:
     def __init__(
         self,
         *,
-        density: float | str = 0.1,
+        density: float | str = AUTO,
         energy: float = ENERGY,
         scale: str | float = "mean",
         support: str = "best",

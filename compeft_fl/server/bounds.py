@@ -165,20 +165,16 @@ class ReplyBounds:
         for reply, found in candidates:
             if found.reason is not None:
                 yield reply, found
-                continue
-            self._note(found)
-            if not waits:
+            else:
+                self._note(found)
+                waiting.append((reply, found) if whole or not waits else _light(reply, found))
+                held += _num_bytes(found.update)
+                least, most = _WAITING
+                full = held >= _WAITING_BYTES * found.update.layout.num_parameters
+                waits = waits and len(waiting) < most and not (len(waiting) >= least and full)
+            while waiting and not waits:
+                reply, found = waiting.pop(0)
                 yield reply, self._bounded(reply.node_id, found, bounded)
-                continue
-            waiting.append((reply, found) if whole else _light(reply, found))
-            held += _num_bytes(found.update)
-            least, most = _WAITING
-            full = held >= _WAITING_BYTES * found.update.layout.num_parameters
-            if len(waiting) >= most or (len(waiting) >= least and full):
-                waits = False
-                while waiting:
-                    first, found = waiting.pop(0)
-                    yield first, self._bounded(first.node_id, found, bounded)
             del reply, found  # before the next one is pulled
         reasons = self._opposed(waiting) if self.set_aside else {}
         while waiting:

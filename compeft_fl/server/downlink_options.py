@@ -10,21 +10,22 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, distance
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.exchange.uplink import AT_RISK
-from compeft_fl.reduction import DOWN_ENERGY
+from compeft_fl.reduction import AUTO, DOWN_ENERGY
 from compeft_fl.server.base import Base
 from compeft_fl.task_vector import TaskVector
 
 __all__ = [
     "DENSITY",
     "DENSITY_FEW",
+    "FEW",
     "DownlinkOptions",
     "log_lag",
     "say_carried",
     "warn_of_huge_values",
 ]
 
-DENSITY, DENSITY_FEW = 0.2, 0.05
-_FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
+DENSITY, DENSITY_FEW = 0.2, 0.1
+FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 
 
@@ -42,7 +43,7 @@ class DownlinkOptions:
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     density : float or "auto", optional
         In (0, 1]: the greatest share of parameters of a delta. "auto": as much as keeps a share of
-        the energy, in the form that does so in the fewest bytes. Default: `DENSITY`, or
+        the energy, in the form that does so in the fewest bytes. Default: "auto", or
         `DENSITY_FEW` where fewer than half of the nodes train in a round.
     energy : float
         In (0, 1): that share, for density "auto" alone; more in the first rounds.
@@ -83,13 +84,13 @@ class DownlinkOptions:
         """These options where such a share of the nodes trains in a round, 0 to 1."""
         if self.density is not None:
             return self
-        return replace(self, density=DENSITY if share >= _FEW else DENSITY_FEW)
+        return replace(self, density=AUTO if share >= FEW else DENSITY_FEW)
 
     def make(self, adapter: TaskVector) -> Downlink:
         """The way down of a federation that starts from an adapter."""
         return Downlink(
             adapter,
-            density=DENSITY if self.density is None else self.density,
+            density=AUTO if self.density is None else self.density,
             scale=self.scale,
             support=self.support,
             codec=self.codec,
