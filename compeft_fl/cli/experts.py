@@ -306,6 +306,9 @@ def _print_json(value: Any) -> int:
 def _print_table(
     experts: Sequence[Expert], similarities: Sequence[float | None] | None = None
 ) -> None:
+    if not experts:
+        say("none found")
+        return
     columns = ["expert", "base model", "parameters", "density", "size", "pushed", "tags"]
     if similarities is not None:
         columns.insert(1, "similarity")
