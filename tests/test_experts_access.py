@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import experts_here as here
 import grpc
@@ -23,6 +28,8 @@ from compeft_fl.errors import (
 from compeft_fl.experts import ExpertClient
 from compeft_fl.experts.serving import Tls, running, start
 from compeft_fl.experts.tokens import Tokens
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -165,7 +172,11 @@ def test_a_full_disk_of_the_store(tmp_path, blob):
             for count in range(2, 40):
                 with contextlib.suppress(grpc.RpcError):
                     raw_push(server, blob, name=f"name{count}")
-            refused(lambda: raw_push(server, blob, name="more"), FULL, "the index cannot be used")
+            refused(
+                lambda: raw_push(server, blob, name="more"),
+                FULL,
+                "the store's index cannot be used",
+            )
         named = [each.name for each in client.list()]
         assert "small" in named
         assert "more" not in named
@@ -291,3 +302,27 @@ def test_an_unknown_expert_is_not_asked_for_again(tmp_path):
         with pytest.raises(UnknownExpertError):
             client.pull("x")
         assert time.monotonic() - began < 1
+
+
+def test_a_server_in_the_background_of_a_script_ends_when_it_is_told(tmp_path):
+    """Such a shell has its jobs ignore SIGINT, and nohup has them ignore SIGHUP."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "compeft_fl.cli", "experts", "serve", "--store", str(store)]
+
+    def ignoring():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True,
+        preexec_fn=ignoring, cwd=ROOT,
+    ) as process:  # fmt: skip
+        try:
+            address = re.search(r" on (\S+), plain text", process.stdout.readline())[1]
+            process.send_signal(signal.SIGHUP)
+            with ExpertClient(address, cache=tmp_path / "cache") as client:
+                assert client.list() == []
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

@@ -7,7 +7,6 @@ import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import adapter_folders
 import experts_here as here
@@ -59,16 +58,17 @@ def test_what_is_pulled_gives_peft_the_outputs_of_what_was_pushed(tmp_path, pair
 
 
 def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
-    """Serve, push, search and pull as README.md says, and use what came in its five lines."""
+    """Serve, push, search and pull as README.md says, and use what came as the page says."""
     from transformers import AutoModel
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Experts")[2].partition("\n## ")[0]
-    commands, python = (
-        re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1].strip().splitlines()
-        for kind in ("sh", "py")
-    )
-    assert len([line for line in python if line]) == 5
+    def blocks(page, kind):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        section = text.partition("# Experts")[2].partition("\n## ")[0]
+        return [found.strip() for found in re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)]
+
+    (commands,) = (block.splitlines() for block in blocks("README.md", "sh"))
+    loading, pooling = blocks("compeft_fl/experts/README.md", "py")
+    assert len(list(filter(None, loading.splitlines()))) == 5
     assert commands[0] == "compeft-fl experts serve --store experts"
     monkeypatch.chdir(tmp_path)
     # An adapter where `make run` leaves one.
@@ -76,22 +76,25 @@ def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
     options = {"r": 8, "target_modules": ["query", "value"], "init_lora_weights": False}
     trained = get_peft_model(base, LoraConfig(**options)).eval()
     trained.save_pretrained("runs/latest/adapter")
+    names = {"ids": torch.arange(40).view(2, 20) + 2000}
     with here.store(tmp_path) as (server, _):
         monkeypatch.setenv("COMPEFT_FL_EXPERTS_SERVER", server.address)
         monkeypatch.setenv("COMPEFT_FL_EXPERTS_CACHE", str(tmp_path / "own"))
         for line in commands[1:]:
             for command in line.split(" && "):
-                program, *arguments = shlex.split(command)
+                program, *arguments = shlex.split(command, comments=True)
                 assert program == "compeft-fl"
                 assert main(arguments) == 0
-    assert "sections@1" in capsys.readouterr().out
-    names: dict[str, Any] = {}
-    exec("\n".join(python), names)
-    ids = {"input_ids": torch.arange(40).view(2, 20) + 2000}
-    with torch.no_grad():
-        found, expected = (each(**ids).last_hidden_state for each in (names["model"], trained))
-    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=5e-2)
-    assert (found - expected).abs().mean() < 1e-2 * expected.abs().mean()
+        assert "sections@1" in capsys.readouterr().out
+        with torch.no_grad():
+            exec(loading, names)
+            exec(pooling.replace("127.0.0.1:8191", server.address), names)
+            expected, loaded = (
+                each(input_ids=names["ids"]).last_hidden_state for each in (trained, names["model"])
+            )
+    assert torch.equal(names["vectors"], loaded)
+    np.testing.assert_allclose(loaded.numpy(), expected.numpy(), atol=5e-2)
+    assert (loaded - expected).abs().mean() < 1e-2 * expected.abs().mean()
 
 
 def test_an_expert_is_for_one_base(tmp_path, pair):

@@ -113,12 +113,18 @@ def _serve(options: argparse.Namespace) -> int:
         )  # fmt: skip
         say(f"serving {options.store} on {server.address}" + (", TLS" if tls else ", plain text"))
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _end)
         try:
             server.wait()
         except KeyboardInterrupt:
             server.stop()
     return 0
+
+
+def _end(*_: object) -> None:
+    """End the server; not by SIGINT, which a script's shell has its background jobs ignore."""
+    raise KeyboardInterrupt
 
 
 def _tls(options: argparse.Namespace, host: str) -> Tls:

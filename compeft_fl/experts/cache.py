@@ -220,6 +220,7 @@ class Cache:
             digest = check_digest(file.read_text(encoding="ascii"))
             return digest, self._blobs.partial(digest).stat().st_size
         except (OSError, ValueError, CompeftError):
+            self.ended(server, name)  # what there was of it is gone
             return "", 0
 
     def ended(self, server: str, name: str) -> None:

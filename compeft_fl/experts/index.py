@@ -149,7 +149,8 @@ class Index:
                 sqlite3.SQLITE_IOERR_WRITE,
             )
             kind = StoreFullError if full else ExpertError
-            raise kind(f"{self._file}: the index cannot be used: {error}") from None
+            # No path: who is told may be on another machine.
+            raise kind(f"the store's index cannot be used: {error}") from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
