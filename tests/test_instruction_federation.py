@@ -7,13 +7,15 @@ import io
 import json
 import re
 
+import language_models
 import pytest
 from language_models import save_llama
 from test_app_federation import NODES, events, run
 
 from compeft_fl.app import client_app
+from compeft_fl.app.tasks import base
 from compeft_fl.cli.main import main
-from compeft_fl.errors import NoUsableReplyError
+from compeft_fl.errors import ConfigError, MissingPackageError, NoUsableReplyError
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,44 @@ def test_a_folder_of_pefts_own_is_enough(finished, capsys, tmp_path):
     main(["chat", str(finished[0]), *arguments])
     assert capsys.readouterr().out == said
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_column": "answer"}, r'no column "answer" for the response'),
+        ({"rows": [{"prompt": "a", "response": " "}]}, "expected a response, found none"),
+        ({"rows": [{"prompt": 200 * "x", "response": "a"}]}, "leaves no room for its response"),
+        ({"template": "chat", "tokenizer": "chat_template"}, "has no chat template"),
+        ({"tokenizer": "pad_token eos_token"}, "neither a pad token nor one that ends a text"),
+        ({"model": "ENCODER"}, "no causal or sequence-to-sequence language model"),
+        ({"model": "minilm"}, "which writes no text"),
+        ({"quantization": "4bit"}, "4bit needs bitsandbytes"),
+    ],
+)
+def test_what_does_not_fit_ends_a_run_before_anything_is_sent(
+    instruct_config, tiny_model, tmp_path, monkeypatch, change, message
+):
+    changes = dict(change)
+    if rows := changes.pop("rows", None):
+        made = [*language_models.pairs(60), *({**row, "source": "plural"} for row in 30 * rows)]
+        changes["data"] = str(language_models.write_rows(tmp_path / "rows.jsonl", made))
+    if lacking := changes.pop("tokenizer", ""):
+        changes["model"] = str(without(lacking.split(), tmp_path / "model"))
+    if changes.get("model") == "ENCODER":
+        changes["model"] = str(tiny_model)
+    if "quantization" in changes:
+        monkeypatch.setattr(base, "find_spec", lambda name: None)
+    with pytest.raises((ConfigError, MissingPackageError), match=message) as caught:
+        run(dataclasses.replace(instruct_config, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert [event["event"] for event in events(tmp_path / "run")] == ["error"]
+
+
+def without(names, folder):
+    """A model whose tokenizer lacks something."""
+    save_llama(folder, chat="chat_template" not in names)
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({name: each for name, each in told.items() if name not in names}))
+    return folder
