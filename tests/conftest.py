@@ -6,10 +6,12 @@ Everything is offline, and what is made once a session is left as it was by ever
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import kinds
@@ -38,6 +40,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         kinds.mark(item)
+
+
+_modules = [0]  # how many there were when their objects were put aside
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What modules hold is no garbage: to look through PEFT's takes half a second each time."""
+    if len(sys.modules) > _modules[0] + 200:
+        _modules[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

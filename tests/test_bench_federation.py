@@ -92,7 +92,7 @@ def test_a_sweep_stores_its_runs_and_goes_on(tiny_config, tmp_path):
 
 
 def test_a_run_that_fails_stops_the_sweep_and_says_why(tmp_path):
-    job = Job(OURS, 1, NODES, (("model", str(tmp_path / "none")), ("rounds", 1)))
+    job = Job(OURS, 1, NODES, (("data", str(tmp_path / "none.jsonl")), ("rounds", 1)))
     with pytest.raises(CompeftError, match=r"ours-1 ended with 1; .*ours-1.log ends: "):
         list(run_jobs([job], tmp_path, workers=2))
     assert not job.file(tmp_path).exists()
@@ -100,11 +100,16 @@ def test_a_run_that_fails_stops_the_sweep_and_says_why(tmp_path):
         work(job, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def dense(tiny_config):
+    """The rounds of dense links."""
+    return list(Federation(Setting("d", "dense", "dense"), tiny_config, NODES).run())
+
+
 @pytest.mark.parametrize(
     "name", ["int8-blockwise", "topk-fp16@0.1", "stc@0.05", "signsgd", "qsgd-s16"]
 )
-def test_a_peer_s_codec_carries_changes_both_ways(tiny_config, name):
-    dense = list(Federation(Setting("d", "dense", "dense"), tiny_config, NODES).run())
+def test_a_peer_s_codec_carries_changes_both_ways(tiny_config, dense, name):
     federation = Federation(Setting(name, name, name), tiny_config, NODES)
     rounds = list(federation.run())
     assert rounds[0].loss == dense[0].loss

@@ -271,8 +271,12 @@ def _front(folder: Path, real: Path) -> Path:
 
 def _finished(deployment: Deployment, run_id: str) -> str:
     until = time.monotonic() + SECONDS
+    log = deployment.stream_log(run_id, deployment.folder / "run.log")  # ends with the run
     while time.monotonic() < until:
         deployment.check()
+        if log.poll() is None:  # asking for the status takes a second of a core
+            time.sleep(0.1)
+            continue
         status, _ = deployment.status(run_id)
         if status.startswith("finished"):
             return status

@@ -1,7 +1,8 @@
-"""`make faults`: a whole run, killed with kill -9, and resumed (real processes, Flower and Ray).
+"""`make faults`: a whole run and all its processes, killed with kill -9, and resumed.
 
-Parts of a deployment are killed in test_faults_deployed; broken files and disks, other starts and
-hostile replies are in test_faults_local, and each part's own faults in the part's tests.
+That the command alone is killed is in test_launch, for `make test`. Parts of a deployment are
+killed in test_faults_deployed; broken files and disks, other starts and hostile replies are in
+test_faults_local, and each part's own faults in the part's tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file
 
 # Three runs, of half a minute on an idle machine.
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow_faults, pytest.mark.timeout(900)]
 
 _started: list[subprocess.Popen] = []
 

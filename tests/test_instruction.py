@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 from types import MappingProxyType
@@ -54,6 +55,20 @@ def test_training_learns_and_the_score_says_so(task, start, instruct_config):
     assert (found.steps, found.num_examples) == (40, len(rows))
     assert after.loss < before.loss - 0.3  # of a random model, whose embeddings stay
     assert after.accuracy > before.accuracy + 0.1
+
+
+def test_training_looks_for_garbage_among_its_own_things_alone():
+    before = gc.get_freeze_count()
+    gc.unfreeze()
+    with fine_tuning._no_garbage():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with fine_tuning._no_garbage():
+        pass
+    assert gc.get_freeze_count() > 10_000  # a process that has put things aside keeps them there
+    if not before:
+        gc.unfreeze()
 
 
 def test_the_score_is_that_of_each_row_by_itself(task):

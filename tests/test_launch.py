@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,13 +14,21 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks.model import load_adapter
 from compeft_fl.cli.main import main
 from compeft_fl.runs import launch
+
+ROUNDS = 8
+WEIGHTS = "adapter_model.safetensors"
+
+
+ONE_AT_A_TIME = f"client-resources-num-cpus={min(2, os.cpu_count() or 1)}"  # a client less to start
 
 
 class Watched:
@@ -28,8 +37,9 @@ class Watched:
     def __init__(self, *arguments: str, folder: Path) -> None:
         self.family: dict[int, psutil.Process] = {}
         self.folder = folder
+        out = [] if "--resume" in arguments else ["--out", str(folder)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "compeft_fl.cli", "run", *arguments, "--out", str(folder)],
+            [sys.executable, "-m", "compeft_fl.cli", "run", *arguments, *out],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -49,13 +59,13 @@ class Watched:
                 return
             time.sleep(0.1)
 
-    def wait_for(self, file: str, text: str) -> None:
-        """Until a file of the run's folder has a text."""
+    def wait_for(self, file: str, text: str, times: int = 1) -> None:
+        """Until a file of the run's folder has a text so many times."""
         while self.process.poll() is None:
             for found in self.folder.glob(f"latest/{file}"):
-                if text in found.read_text(encoding="utf-8"):
+                if found.read_text(encoding="utf-8").count(text) >= times:
                     return
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def end(self) -> tuple[int, str, str]:
         """Exit code and output."""
@@ -88,15 +98,15 @@ class Watched:
         return len(self.family)
 
 
-@pytest.fixture
-def scenario(tiny_config, tmp_path) -> Path:
-    file = tmp_path / "tiny.toml"
+@pytest.fixture(scope="module")
+def scenario(tiny_config, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("scenario") / "tiny.toml"
     file.write_text(
         f"""
 [run]
 model = "{tiny_config.model}"
 data = "{tiny_config.data}"
-rounds = 2
+rounds = {ROUNDS}
 local-steps = 3
 batch-size = 8
 alpha = 1.0
@@ -110,6 +120,13 @@ num-supernodes = 2
     return file
 
 
+@pytest.fixture(scope="module")
+def whole(scenario, tmp_path_factory) -> tuple[Watched, tuple[int, str, str]]:
+    """A run that nobody disturbed, and how it ended."""
+    run = Watched(str(scenario), folder=tmp_path_factory.mktemp("whole"))
+    return run, run.end()
+
+
 def home_of(log: Path) -> Path:
     """The private Flower home, which a run's log names."""
     found = re.search(r"installed compeft-fl-run to (\S+)/apps/", log.read_text(encoding="utf-8"))
@@ -118,18 +135,18 @@ def home_of(log: Path) -> Path:
 
 
 @pytest.mark.ray
-def test_a_run_completes_and_leaves_nothing_but_its_folder(scenario, tmp_path, tiny_config):
-    run = Watched(str(scenario), folder=tmp_path)
-    code, out, err = run.end()
+def test_a_run_completes_and_leaves_nothing_but_its_folder(whole, tiny_config):
+    run, (code, out, err) = whole
     assert (code, err) == (0, "")
     assert run.programs() > 5  # the SuperLink, the simulation, Ray's
     assert run.left() == []
-    folder = (tmp_path / "latest").resolve()
+    folder = (run.folder / "latest").resolve()
     assert folder.name.startswith("tiny-")
     assert not home_of(folder / launch.LOG_FILE).exists()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["rounds"], summary["nodes"], summary["replies"]) == (2, 2, [2, 2])
-    assert "round  2/2  accuracy" in out
+    assert (summary["rounds"], summary["nodes"]) == (ROUNDS, 2)
+    assert summary["replies"] == [2] * ROUNDS
+    assert f"round  {ROUNDS}/{ROUNDS}  accuracy" in out
     assert "2 nodes" in out
     assert "done in" in out
     assert "dense float32 would take" in out
@@ -138,7 +155,7 @@ def test_a_run_completes_and_leaves_nothing_but_its_folder(scenario, tmp_path, t
 
 @pytest.mark.ray
 def test_a_run_that_fails_says_why_and_leaves_nothing(scenario, tmp_path):
-    run = Watched(str(scenario), "learning-rate=1e30", folder=tmp_path)
+    run = Watched(str(scenario), "learning-rate=1e30", ONE_AT_A_TIME, folder=tmp_path)
     code, out, err = run.end()
     assert code == 1
     assert run.left() == []
@@ -153,13 +170,13 @@ def test_a_run_that_fails_says_why_and_leaves_nothing(scenario, tmp_path):
 @pytest.mark.parametrize(
     ("number", "code", "file", "text"),
     [
-        (signal.SIGINT, 130, "progress.jsonl", '"event": "reply"'),
+        (signal.SIGINT, 130, "progress.jsonl", '"event": "sent"'),
         (signal.SIGTERM, 143, launch.SUPERLINK_LOG_FILE, "Uvicorn running"),
         (signal.SIGHUP, 129, launch.SUPERLINK_LOG_FILE, "Uvicorn running"),
     ],
 )
 def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
-    run = Watched(str(scenario), "rounds=1000", folder=tmp_path)
+    run = Watched(str(scenario), "rounds=1000", ONE_AT_A_TIME, folder=tmp_path)
     run.wait_for(file, text)
     run.process.send_signal(number)
     found, _, err = run.end()
@@ -171,10 +188,13 @@ def test_a_run_can_be_stopped(scenario, tmp_path, number, code, file, text):
 
 
 @pytest.mark.ray
-def test_a_run_whose_command_is_killed_leaves_nothing(scenario, tmp_path):
+@pytest.mark.faults
+def test_a_run_whose_command_is_killed_leaves_nothing_and_is_resumed_to_the_same_bytes(
+    scenario, whole, tmp_path, fault_seen
+):
     """kill -9: its children notice, and so does the folder with Flower's state."""
-    run = Watched(str(scenario), "rounds=1000", folder=tmp_path)
-    run.wait_for("progress.jsonl", '"event": "reply"')
+    run = Watched(str(scenario), ONE_AT_A_TIME, folder=tmp_path)
+    run.wait_for("progress.jsonl", '"event": "score", "time"', 3)  # the start's, and two rounds'
     home = Path(run.one("--simulation").environ()["FLWR_HOME"])
     assert home.exists()
     run.process.kill()
@@ -183,6 +203,28 @@ def test_a_run_whose_command_is_killed_leaves_nothing(scenario, tmp_path):
     psutil.wait_procs(list(run.family.values()), timeout=60)
     assert run.left() == []
     assert not home.exists()
+
+    folder = (tmp_path / "latest").resolve()
+    assert not (folder / "summary.json").exists()
+    assert list(folder.glob("checkpoints/*.safetensors"))
+    resumed = Watched("--resume", str(folder), folder=tmp_path)
+    code, out, err = resumed.end()
+    assert (code, err) == (0, ""), out
+    undisturbed = (whole[0].folder / "latest").resolve()
+    weights = [load_file(each / "adapter" / WEIGHTS) for each in (undisturbed, folder)]
+    assert list(weights[0]) == list(weights[1])
+    for name, value in weights[0].items():
+        np.testing.assert_array_equal(value, weights[1][name], err_msg=name)
+    summaries = [json.loads((each / "summary.json").read_text()) for each in (undisturbed, folder)]
+    for key in ("accuracy", "uplink_payload_bytes"):
+        assert summaries[0][key] == summaries[1][key]
+    log = (folder / launch.LOG_FILE).read_text(encoding="utf-8")
+    said = next(line for line in log.splitlines() if "Going on after round" in line)
+    fault_seen(
+        "kill -9 of the command of a simulation, `compeft-fl run --resume`",
+        said[said.index("Going on") :],
+        "all it had started ends; resumed, the bytes, accuracy and traffic of the undisturbed run",
+    )
 
 
 @pytest.mark.ray

@@ -196,10 +196,9 @@ def test_an_app_may_have_names_of_ours(tmp_path):
     log = tmp_path / LOG_FILE
     with FlowerSession(tmp_path / "superlink.log") as session:
         run = session.submit(tmp_path / "crowded", {"num-supernodes": 2})
-        follow = session.stream_log(run, log)
+        session.stream_log(run, log).wait(300)  # ends with the run
         while not (status := session.status(run)[0]).startswith("finished"):
             time.sleep(0.5)
-        follow.wait(30)
     said = log.read_text(encoding="utf-8")
     assert status == "finished:completed", said
     assert "the mean is" in said

@@ -31,6 +31,7 @@ __all__ = ["Figure", "Harness", "Scores", "require_harness", "uses_chat"]
 
 _EMBEDDED_TASKS: Final = "evaluation"  # a folder of compeft_fl/app/embedded
 _LOGGERS: Final = ("lm_eval", "lm_eval.models.huggingface", "datasets")
+_INVENTORY: Final = ("add_env_info", "get_git_commit_hash")  # of its results, which nobody reads
 _SEED: Final = 1234  # the harness's own, of the examples in front of a question
 _BOOTSTRAP: Final = 1000
 
@@ -114,7 +115,7 @@ class Harness:
         ConfigError
             Where the model cannot answer such tasks.
         """
-        with _quiet(), _randomness_kept():
+        with _quiet(), _randomness_kept(), _without_inventory():
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
@@ -232,6 +233,21 @@ def _randomness_kept() -> Iterator[None]:
         random.setstate(kept[0])
         np.random.set_state(kept[1])  # noqa: NPY002
         torch.set_rng_state(kept[2])
+
+
+@contextmanager
+def _without_inventory() -> Iterator[None]:
+    """Keep the harness from asking pip, git and compilers what is here: a second for each score."""
+    from lm_eval import evaluator
+
+    kept = {name: getattr(evaluator, name) for name in _INVENTORY if hasattr(evaluator, name)}
+    for name in kept:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(evaluator, name, function)
 
 
 @contextmanager

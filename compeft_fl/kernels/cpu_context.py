@@ -35,7 +35,7 @@ PAIR_SHARE: Final = np.array([2048 // (m + 8) for m in range(WINDOW + 1)], dtype
 SIGN_SHARE: Final = np.array([7168 // (m + 28) for m in range(WINDOW + 1)], dtype=np.int64)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _squash(z: Any) -> Any:
     """A logit's probability."""
     if z < -LIMIT:
@@ -48,12 +48,12 @@ def _squash(z: Any) -> Any:
     return low + (((SQUASH[k + np.uint64(1)] - low) * (z & 0x3FFFFF)) >> 22)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _bounded(weight: Any) -> Any:
     return min(max(weight, np.int64(-MAX_WEIGHT)), np.int64(MAX_WEIGHT))
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _next_byte(value: Any, stream: Any, at: Any) -> Any:
     """The range coder's value with the next byte; after the stream's end there are zeros."""
     byte = np.uint64(stream[at]) if at < stream.size else np.uint64(0)

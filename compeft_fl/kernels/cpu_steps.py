@@ -37,7 +37,7 @@ SIGNS: Final = 16  # of so many nonzeros before in the line
 TURN_SHARE: Final = np.array([448 // (m + 28) for m in range(SIGNS + 1)], dtype=np.int64)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _decide(
     decoding: Any, bit: Any, p: Any, low: Any, span: Any, value: Any, cache: Any, pending: Any,
     stream: Any, at: Any,
@@ -64,14 +64,14 @@ def _decide(
     return bit, low, span, value, cache, pending, at
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _move(counters: Any, counts: Any, i: Any, hit: Any) -> None:
     """Take a counter of 28 bits towards what came."""
     counters[i] += (((hit << 28) - counters[i]) * RECIPROCAL[np.uint64(counts[i])]) >> 16
     counts[i] = min(counts[i] + 1, 255)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _code(
     decoding: Any, values: Any, factor: Any, tensors: Any, num_nonzeros: Any, z0: Any, stream: Any
 ) -> Any:

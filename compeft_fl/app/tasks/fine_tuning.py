@@ -7,10 +7,12 @@ and each node of each round builds one. ``simulations/results/trainers.md`` has 
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -53,7 +55,7 @@ def train(
         Where the loss is no longer finite.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="compeft-fl-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="compeft-fl-") as folder, quiet(), _no_garbage():
         trainer = Trainer(
             model=model.network,
             args=_arguments(model, config, rate, seed, folder),
@@ -69,6 +71,19 @@ def train(
             f"(it is {rate:g})"
         )
     return TrainResult(loss, found.global_step, len(rows), time.perf_counter() - started)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Put aside what there is now: a Trainer looks through all for garbage, for half a second."""
+    if gc.get_freeze_count():  # somebody has done so for good
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @torch.inference_mode()
