@@ -5,8 +5,9 @@ becomes is the same for all of a tensor, but for its sign: two patterns of bits,
 data type, which the caller has rounded. Only where a start differs from place to place are floats
 added, and those are float32.
 
-The start is written just ahead of the nonzeros, some thousand parameters at a time: they find it in
-the core's cache, and memory is passed over once.
+64 parameters, a word of each mask, are written at once, zeros and all: memory is passed over once,
+and no branch depends on where the nonzeros are. Streams are read into masks of a few thousand
+parameters at a time, which stay in the core's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ from compeft_fl.kernels.llvm import LANES, trailing_zeros
 __all__ = ["PackedStreams", "Target", "write_masks", "write_streams"]
 
 WIDE, NARROW, ADDED = 0, 1, 2  # 32 bits are stored, 16 bits are stored, a float32 is added
-_AHEAD = 14  # the start is written 2^14 parameters ahead at most
+_WINDOW = 256  # words of masks that streams are read into
 
 
 @dataclass(frozen=True)
@@ -120,43 +121,143 @@ def _store(typing_context: Any, address: Any, index: Any, kind: Any, bits: Any) 
     return signature, codegen
 
 
-def _at(bits: Any) -> Any:
-    """The intrinsic that makes a pointer to such integers of an address."""
+def _lanes(builder: Any, value: Any, lane: Any) -> Any:
+    """64 times an integer's lowest bits, as a vector."""
+    vector = ir.VectorType(lane, LANES)
+    value = builder.trunc(value, lane) if value.type.width > lane.width else value
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _place(builder: Any, address: Any, index: Any, lane: Any) -> Any:
+    """A pointer to 64 elements of the tensor at an address."""
+    pointer = builder.gep(builder.inttoptr(address, lane.as_pointer()), [index])
+    return builder.bitcast(pointer, ir.VectorType(lane, LANES).as_pointer())
+
+
+def _storing(width: int) -> Any:
+    """The intrinsic that stores one of three patterns of so many bits in each of 64 places."""
 
     @intrinsic
-    def pointer(typing_context: Any, address: Any) -> Any:
-        kind = types.CPointer(bits)
+    def store(
+        typing_context: Any, address: Any, index: Any, positive: Any, negative: Any, plus: Any,
+        minus: Any, start: Any,
+    ) -> Any:  # fmt: skip
+        u64, u32 = types.uint64, types.uint32
+        signature = types.void(u64, types.int64, u64, u64, u32, u32, u32)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(kind))
+            lane, masks = ir.IntType(width), ir.VectorType(ir.IntType(1), LANES)
+            plus, minus, start = (_lanes(builder, each, lane) for each in args[4:])
+            value = builder.select(builder.bitcast(args[3], masks), minus, start)
+            value = builder.select(builder.bitcast(args[2], masks), plus, value)
+            builder.store(value, _place(builder, args[0], args[1], lane), align=width // 8)
+            return context.get_dummy_value()
 
-        return kind(types.uint64), codegen
+        return signature, codegen
 
-    return pointer
+    return store
 
 
-_at_16, _at_32 = _at(types.uint16), _at(types.uint32)
+_store_64_narrow, _store_64_wide = _storing(16), _storing(32)
+
+
+@intrinsic
+def _store_64_added(
+    typing_context: Any, address: Any, index: Any, positive: Any, negative: Any, plus: Any,
+    minus: Any, source: Any,
+) -> Any:  # fmt: skip
+    """Put 64 float32 of a source there, with one of two added where a mask says so."""
+    u64, u32 = types.uint64, types.uint32
+    signature = types.void(u64, types.int64, u64, u64, u32, u32, u64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lane, masks = ir.IntType(32), ir.VectorType(ir.IntType(1), LANES)
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        first = builder.load(_place(builder, args[6], args[1], lane), align=4)
+        positive, negative = (builder.bitcast(each, masks) for each in args[2:4])
+        plus, minus = (
+            builder.fadd(
+                builder.bitcast(first, floats), builder.bitcast(_lanes(builder, each, lane), floats)
+            )
+            for each in args[4:6]
+        )
+        # Where nothing is added the source's bits stay as they are: -0 + 0 would be 0.
+        value = builder.select(negative, minus, builder.bitcast(first, floats))
+        value = builder.bitcast(builder.select(positive, plus, value), first.type)
+        builder.store(value, _place(builder, args[0], args[1], lane), align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def _load(typing_context: Any, address: Any, index: Any) -> Any:
+    """The 32 bits at an index of the tensor at an address."""
+    signature = types.uint32(types.uint64, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(32).as_pointer())
+        return builder.load(builder.gep(pointer, [args[1]]), align=4)
+
+    return signature, codegen
 
 
 @njit(nogil=True, cache=True)
-def _write_start(
-    tensor: int, begin: int, end: int, bounds: Any, addresses: Any, kinds: Any, starts: Any
-) -> int:
-    """Put the start into a range of the flat vector, from a tensor on; the tensor where it ends."""
-    while begin < end:
-        while begin >= bounds[tensor + 1]:
+def _write_words(
+    positive: Any, negative: Any, first: int, tensor: int, bounds: Any, addresses: Any, kinds: Any,
+    starts: Any, plus: Any, minus: Any, start: int, stop: int,
+) -> int:  # fmt: skip
+    """Write the words from start to stop of two masks, whose arrays begin at a word ``first``.
+
+    The search for their tensors begins at one of them; returns that of the last.
+    """
+    end, word = bounds[-1], start
+    while word < stop:
+        i = np.int64(word) * LANES
+        while i >= bounds[tensor + 1]:
             tensor += 1
-        stop = min(end, bounds[tensor + 1])
-        first, last = begin - bounds[tensor], stop - bounds[tensor]
-        address, size = addresses[tensor], bounds[tensor + 1] - bounds[tensor]
-        if kinds[tensor] == NARROW:
-            carray(_at_16(address), size)[first:last] = np.uint16(starts[tensor])
-        elif kinds[tensor] == WIDE:
-            carray(_at_32(address), size)[first:last] = np.uint32(starts[tensor])
-        else:
-            source = carray(_at_32(starts[tensor]), size)
-            carray(_at_32(address), size)[first:last] = source[first:last]
-        begin = stop
+        until = min(stop, bounds[tensor + 1] // LANES)  # words that are within this tensor
+        address, at = addresses[tensor], i - bounds[tensor]
+        up, down, begin = plus[tensor], minus[tensor], starts[tensor]
+        if word < until and kinds[tensor] == NARROW:
+            for w in range(word, until):
+                _store_64_narrow(
+                    address, at + (w - word) * LANES, positive[w - first], negative[w - first],
+                    up, down, np.uint32(begin),
+                )  # fmt: skip
+            word = until
+        elif word < until and kinds[tensor] == WIDE:
+            for w in range(word, until):
+                _store_64_wide(
+                    address, at + (w - word) * LANES, positive[w - first], negative[w - first],
+                    up, down, np.uint32(begin),
+                )  # fmt: skip
+            word = until
+        elif word < until:
+            for w in range(word, until):
+                _store_64_added(
+                    address, at + (w - word) * LANES, positive[w - first], negative[w - first],
+                    up, down, begin,
+                )  # fmt: skip
+            word = until
+        else:  # a tensor ends here: one by one
+            for lane in range(min(LANES, end - i)):
+                j = i + lane
+                while j >= bounds[tensor + 1]:
+                    tensor += 1
+                address, at, kind = addresses[tensor], j - bounds[tensor], kinds[tensor]
+                if kind == ADDED:
+                    _store(address, at, np.uint8(WIDE), _load(starts[tensor], at))
+                else:
+                    _store(address, at, kind, np.uint32(starts[tensor]))
+                bit = np.uint64(1) << np.uint64(lane)
+                if positive[word - first] & bit:
+                    _store(address, at, kind, plus[tensor])
+                elif negative[word - first] & bit:
+                    _store(address, at, kind, minus[tensor])
+            word += 1
     return tensor
 
 
@@ -166,23 +267,9 @@ def _write_masks(
     minus: Any, start: int, stop: int,
 ) -> None:  # fmt: skip
     tensor = np.searchsorted(bounds, start * LANES, side="right") - 1
-    ahead, written, end = tensor, start * LANES, min(stop * LANES, bounds[-1])
-    for word in range(start, stop):
-        down = negative[word]
-        rest = positive[word] | down
-        while rest != np.uint64(0):
-            lane = trailing_zeros(rest)
-            rest &= rest - np.uint64(1)
-            i = word * LANES + lane
-            if i >= written:
-                until = min(((i >> _AHEAD) + 1) << _AHEAD, end)
-                ahead = _write_start(ahead, written, until, bounds, addresses, kinds, starts)
-                written = until
-            while i >= bounds[tensor + 1]:
-                tensor += 1
-            bits = minus[tensor] if (down >> np.uint64(lane)) & np.uint64(1) else plus[tensor]
-            _store(addresses[tensor], np.int64(i - bounds[tensor]), kinds[tensor], bits)
-    _write_start(ahead, written, end, bounds, addresses, kinds, starts)
+    _write_words(
+        positive, negative, 0, tensor, bounds, addresses, kinds, starts, plus, minus, start, stop
+    )
 
 
 def write_masks(positive: Words, negative: Words, target: Target) -> None:
@@ -194,6 +281,21 @@ def write_masks(positive: Words, negative: Words, target: Target) -> None:
         ),
         positive.size,
     )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _flush(
+    positive: Any, negative: Any, first: int, last: int, tensor: int, bounds: Any, addresses: Any,
+    kinds: Any, starts: Any, plus: Any, minus: Any,
+) -> int:  # fmt: skip
+    """Write a window's words before ``last``, and empty it; returns the tensor it ends in."""
+    tensor = _write_words(
+        positive, negative, first, tensor, bounds, addresses, kinds, starts, plus, minus, first,
+        min(first + _WINDOW, last),
+    )  # fmt: skip
+    positive[:] = 0
+    negative[:] = 0
+    return tensor
 
 
 @njit(nogil=True, cache=True)
@@ -209,7 +311,9 @@ def _write_streams(
     if q_index < quotients.size:
         q_word = quotients[q_index] & (~np.uint64(0) << np.uint64(at[0] & 63))
     tensor = np.searchsorted(bounds, start << level, side="right") - 1
-    ahead, written, end = tensor, start << level, min(stop << level, bounds[-1])
+    positive, negative = np.zeros(_WINDOW, np.uint64), np.zeros(_WINDOW, np.uint64)
+    first = (start << level) // LANES  # of the window
+    last = (min(stop << level, bounds[-1]) + LANES - 1) // LANES
     for block in range(start, stop):
         b = np.int64(rice[block])
         low = (np.uint64(1) << np.uint64(b)) - np.uint64(1)
@@ -232,15 +336,22 @@ def _write_streams(
             previous += gap + 1
             sign = (signs[s_at >> 6] >> np.uint64(s_at & 63)) & np.uint64(1)
             s_at += 1
-            if previous >= written:
-                until = min(((previous >> _AHEAD) + 1) << _AHEAD, end)
-                ahead = _write_start(ahead, written, until, bounds, addresses, kinds, starts)
-                written = until
-            while previous >= bounds[tensor + 1]:
-                tensor += 1
-            bits = minus[tensor] if sign else plus[tensor]
-            _store(addresses[tensor], np.int64(previous - bounds[tensor]), kinds[tensor], bits)
-    _write_start(ahead, written, end, bounds, addresses, kinds, starts)
+            while previous >= (first + _WINDOW) * LANES:
+                tensor = _flush(
+                    positive, negative, first, last, tensor, bounds, addresses, kinds, starts,
+                    plus, minus,
+                )  # fmt: skip
+                first += _WINDOW
+            word = (previous >> 6) - first
+            bit = np.uint64(1) << np.uint64(previous & 63)
+            # Whichever sign it has: a branch would be wrong every other time.
+            negative[word] |= bit * sign
+            positive[word] |= bit * (sign ^ np.uint64(1))
+    while first < last:
+        tensor = _flush(
+            positive, negative, first, last, tensor, bounds, addresses, kinds, starts, plus, minus
+        )
+        first += _WINDOW
 
 
 def write_streams(packed: PackedStreams, target: Target) -> None:
