@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +17,18 @@ from typing import Any, Final
 import compeft_fl as cf
 from compeft_fl.ablations import VARIANTS, ablate
 from compeft_fl.app.config import parse_assignment
-from compeft_fl.bench import paper_report, results
-from compeft_fl.bench.paper_experts import METHODS, Expert, Plan, Scorer, plan_text, train
+from compeft_fl.bench import paper_report
+from compeft_fl.bench.paper_experts import (
+    METHODS,
+    Expert,
+    Plan,
+    Scorer,
+    plan_text,
+    scorer_of,
+    train,
+)
+from compeft_fl.bench.paper_pieces import Piece, chosen, measure
 from compeft_fl.codecs.base import Update
-from compeft_fl.disk.atomic import replacing
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.tuning import DENSITIES, tune
@@ -42,39 +49,20 @@ PARTS: Final = {
     "merged": "Table 3: one multitask model of all experts",
     "pareto": "Figure 4: methods by score and bytes",
     "full": "Table 4: the whole model fine-tuned",
+    "language": "Tables 1, 2 and 4: a language model in 4 bits, with LoRA, IA3, and as a whole",
 }
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Something to measure.
-
-    Attributes
-    ----------
-    part, name : str
-        A name of `PARTS`, and one within it.
-    measure : callable
-        Gives what is stored, as JSON has it.
-    depends : str
-        What it depends on: another text, and it is measured anew.
-    """
-
-    part: str
-    name: str
-    measure: Callable[[], dict[str, Any]]
-    depends: str
-
-    def file(self, folder: Path) -> Path:
-        """Where its result lies."""
-        return folder / f"{self.part}-{self.name}.json"
-
-    def result(self, folder: Path) -> dict[str, Any] | None:
-        """What has been measured; None: nothing yet, or something else."""
-        try:
-            found: dict[str, Any] = json.loads(self.file(folder).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if found.get("depends") == self.depends else None
+LANGUAGE_TASKS: Final = tuple(
+    f"debian-instructions:{kind}" for kind in ("section", "role", "language", "depends", "synopsis")
+)
+_LANGUAGE_METHODS: Final = ("qlora", "lora", "ia3", "full")
+_LANGUAGE: Final = {
+    "task": "instruction",
+    "model": "debian-lm",
+    "partition-column": "kind",
+    "max-length": 320,
+    "batch-size": 8,
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,56 +72,34 @@ def run(options: argparse.Namespace) -> int:
     tasks = tuple(task for task in data.split(",") if task)
     folder: Path = options.out / ("paper-quick" if options.quick else "paper")
     folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(folder, tasks, keys)
-    seeds = options.seeds or SEEDS
+    plan, seeds = Plan(folder, tasks, keys), options.seeds or SEEDS
+    given = {name: value for name, value in keys.items() if name in ("device", "limit-rows")}
+    own = {"task", "model"} & set(keys) or data != ",".join(TASKS)
+    language = Plan(
+        folder, () if own else LANGUAGE_TASKS, {**_LANGUAGE, **given}, rows=60, tested=150
+    )
     if options.quick:
-        plan, seeds = Plan(folder, tasks[:2], {"limit-rows": 60, **keys}, steps=4, rows=24), 1
-    chosen = options.only.split(",") if options.only else list(PARTS)
-    for part in chosen:
+        seeds, rows = 1, {"limit-rows": 60}
+        plan = replace(plan, tasks=tasks[:2], keys={**rows, **keys}, steps=4, rows=24)
+        language = replace(
+            language, tasks=language.tasks[:2], keys={**rows, **language.keys}, steps=4, rows=8
+        )
+    pieces = [*_pieces(plan, seeds), *_language_pieces(language, seeds)]
+    parts = options.only.split(",") if options.only else list(PARTS)
+    for part in parts:
         if part not in PARTS:
             raise ParameterError(f"expected parts among {', '.join(PARTS)}; found {part!r}")
-    pieces = [piece for piece in _pieces(plan, seeds) if piece.part in chosen]
+    wanted = chosen([piece for piece in pieces if piece.part in parts], options.pieces)
     if not options.report:
-        _measure(pieces, folder)
-    found = [(p.part, r) for p in _pieces(plan, seeds) if (r := p.result(folder)) is not None]
+        measure(wanted, folder, options.workers or 1)
+        if options.pieces:
+            return 0  # several commands may be at it: the page is the last one's, by --report
+    found = [(p.part, r) for p in pieces if (r := p.result(folder)) is not None]
     if not found:
         raise CompeftError(f"no measured piece in {folder}")
     command = "compeft-fl bench paper" + (" --quick" if options.quick else "")
     paper_report.write(options.out, " ".join([command, *options.keys]), found)
     return 0
-
-
-def _measure(pieces: Sequence[Piece], folder: Path) -> None:
-    """Measure what is missing, piece by piece."""
-    missing = [piece for piece in pieces if piece.result(folder) is None]
-    results.say(
-        f"{len(pieces)} pieces, {len(pieces) - len(missing)} of them measured before. "
-        "Stop it when you like: what is measured stays."
-    )
-    import torch
-
-    torch.set_num_threads(1)  # small matrices gain nothing from more
-    failed: list[str] = []
-    with results.Progress("paper", len(missing)) as progress:
-        for piece in missing:
-            progress.step(f"{piece.part} {piece.name}", 1)
-            try:
-                _stored(piece, folder)
-            except CompeftError as error:  # a method that does not fit the model
-                failed.append(f"{piece.part} {piece.name}: {error}")
-                results.say(failed[-1])
-    if failed:
-        results.say(f"{len(failed)} pieces could not be measured; the page leaves them out")
-
-
-def _stored(piece: Piece, folder: Path) -> dict[str, Any]:
-    """Measure a piece, and store its result."""
-    started = time.process_time()
-    found = piece.measure()
-    found |= {"depends": piece.depends, "seconds": round(time.process_time() - started, 1)}
-    with replacing(piece.file(folder)) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
 
 
 def _pieces(plan: Plan, seeds: int) -> Iterator[Piece]:
@@ -160,6 +126,15 @@ def _pieces(plan: Plan, seeds: int) -> Iterator[Piece]:
                 yield Piece("merged", f"{method}-{seed}", measure, depends)
 
 
+def _language_pieces(plan: Plan, seeds: int) -> Iterator[Piece]:
+    """Those of the language model."""
+    for seed in range(seeds):
+        for method in _LANGUAGE_METHODS:
+            for task in plan.tasks:
+                expert = Expert(task, method, seed)
+                yield _piece("language", expert, partial(_expert, plan, expert), plan)
+
+
 def _piece(part: str, expert: Expert, measure: Callable[[], dict[str, Any]], plan: Plan) -> Piece:
     return Piece(part, expert.key, measure, plan_text(plan, expert))
 
@@ -170,7 +145,7 @@ def _piece(part: str, expert: Expert, measure: Callable[[], dict[str, Any]], pla
 def _dense(plan: Plan, expert: Expert) -> dict[str, Any]:
     """An expert as it is."""
     tau = train(plan, expert)
-    return _described(expert, Scorer(plan, expert), tau)
+    return _described(expert, scorer_of(plan, expert), tau)
 
 
 def _described(expert: Expert, scorer: Scorer, tau: cf.TaskVector) -> dict[str, Any]:
@@ -179,8 +154,8 @@ def _described(expert: Expert, scorer: Scorer, tau: cf.TaskVector) -> dict[str, 
         "method": expert.method,
         "seed": expert.seed,
         "parameters": tau.num_parameters,
-        "base": {split: scorer.accuracy(split, None) for split in ("val", "test")},
-        "dense": {split: scorer.accuracy(split, tau) for split in ("val", "test")},
+        "base": {split: scorer.score(split, None) for split in scorer.splits},
+        "dense": {split: scorer.score(split, tau) for split in scorer.splits},
         "bytes": {c: len(cf.encode(tau, codec=c)) for c in ("dense", "dense-bf16")},
     }
 
@@ -188,20 +163,19 @@ def _described(expert: Expert, scorer: Scorer, tau: cf.TaskVector) -> dict[str, 
 def _expert(plan: Plan, expert: Expert) -> dict[str, Any]:
     """An expert as it is, and swept over densities and scales on validation rows."""
     tau = train(plan, expert)
-    scorer = Scorer(plan, expert)
+    scorer = scorer_of(plan, expert)
     found = _described(expert, scorer, tau)
-    best = tune(tau, partial(scorer.accuracy, "val"))
+    best = tune(tau, partial(scorer.score, "val"))
     assert isinstance(best.update, TernaryVector)
     found["compeft"] = {
         "density": best.density,
         "alpha": best.alpha,
-        "val": best.score,
-        "test": scorer.accuracy("test", best.update),
+        **{split: scorer.score(split, best.update) for split in scorer.splits},
         "bytes": len(cf.encode(best.update)),
     }
     untuned = cf.compress(tau, 0.05, "norm")
     found["untuned"] = {
-        "test": scorer.accuracy("test", untuned),
+        **{split: scorer.score(split, untuned) for split in scorer.splits},
         "bytes": len(cf.encode(untuned)),
     }
     found["trials"] = [list(trial) for trial in best.trials]
@@ -211,25 +185,25 @@ def _expert(plan: Plan, expert: Expert) -> dict[str, Any]:
 def _ablations(plan: Plan, expert: Expert) -> dict[str, Any]:
     """The variants of Figure 5, by density, on validation rows."""
     tau = train(plan, expert)
-    scorer = Scorer(plan, expert)
+    scorer = scorer_of(plan, expert)
     trials: dict[str, list[list[float]]] = {}
     for variant in ABLATED:
         tuned = VARIANTS[variant].tuned
         trials[variant] = []
         for density in DENSITIES:
             scores = [
-                scorer.accuracy("val", ablate(tau, variant, density, alpha))
+                scorer.score("val", ablate(tau, variant, density, alpha))
                 for alpha in (_UNSIGNED_ALPHAS if tuned else (1.0,))
             ]
             trials[variant].append([density, max(scores)])
-    scores = [scorer.accuracy("val", ablate(tau, "signs", alpha=a)) for a in _UNSIGNED_ALPHAS]
+    scores = [scorer.score("val", ablate(tau, "signs", alpha=a)) for a in _UNSIGNED_ALPHAS]
     trials["signs"] = [[1.0, max(scores)]]
     return {"task": expert.task, "method": expert.method, "seed": expert.seed, "trials": trials}
 
 
 def _merged(plan: Plan, experts: Sequence[Expert]) -> dict[str, Any]:
     """One model of all experts, by each rule, of dense and of compressed task vectors."""
-    scorers = [Scorer(plan, expert) for expert in experts]
+    scorers = [scorer_of(plan, expert) for expert in experts]
     taus = [train(plan, expert) for expert in experts]
     forms: dict[str, list[Update]] = {
         "dense": list(taus),
@@ -254,7 +228,7 @@ def _merged(plan: Plan, experts: Sequence[Expert]) -> dict[str, Any]:
             val, scaling, merged = max(scored, key=lambda entry: entry[0])
             test = _mean(scorers, "test", merged)
             rows.append({"form": form, "rule": rule, "lambda": scaling, "val": val, "test": test})
-    single = [scorer.accuracy("test", tau) for scorer, tau in zip(scorers, taus, strict=True)]
+    single = [scorer.score("test", tau) for scorer, tau in zip(scorers, taus, strict=True)]
     base = _mean(scorers, "test", None)
     return {
         "method": experts[0].method,
@@ -275,11 +249,9 @@ def _merge(accumulator: Any, updates: Sequence[Update]) -> cf.TaskVector:
 def _best(plan: Plan, expert: Expert, tau: cf.TaskVector) -> TernaryVector:
     """An expert as its own validation rows would have it compressed."""
     piece = _piece("experts", expert, partial(_expert, plan, expert), plan)
-    found = piece.result(plan.folder)
-    if found is None:
-        found = _stored(piece, plan.folder)
+    found = piece.measured(plan.folder)
     return cf.compress(tau, found["compeft"]["density"], found["compeft"]["alpha"])
 
 
 def _mean(scorers: Sequence[Scorer], split: str, update: Update | None) -> float:
-    return sum(scorer.accuracy(split, update) for scorer in scorers) / len(scorers)
+    return sum(scorer.score(split, update) for scorer in scorers) / len(scorers)

@@ -84,7 +84,11 @@ def _add_paper(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--only", metavar="PART,...", help="experts, ablations, merged, pareto, full"
     )
+    bench.add_argument(
+        "--pieces", metavar="PATTERN,...", help="only these pieces, as 'merged-*' or '*-lora-0'"
+    )
     bench.add_argument("--seeds", type=_count, metavar="N", help="how many seeds (3)")
+    bench.add_argument("--workers", type=_count, metavar="N", help="pieces at a time (1)")
     bench.add_argument(
         "--report", action="store_true", help="measure nothing, report what there is"
     )
