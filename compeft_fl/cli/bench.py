@@ -82,7 +82,7 @@ def _add_sweep(bench: argparse.ArgumentParser) -> None:
 def _add_paper(bench: argparse.ArgumentParser) -> None:
     _add_keys(bench, "model=ORG/NAME data=FILE,FILE")
     bench.add_argument(
-        "--only", metavar="PART,...", help="experts, ablations, merged, pareto, full"
+        "--only", metavar="PART,...", help="experts, ablations, merged, pareto, full, language"
     )
     bench.add_argument(
         "--pieces", metavar="PATTERN,...", help="only these pieces, as 'merged-*' or '*-lora-0'"
