@@ -143,13 +143,16 @@ def test_a_task_of_the_hub_by_its_name(answering, tmp_path, monkeypatch):
     assert scores["sciq"]["acc"].value == pytest.approx(np.mean(np.array(best) == 3))
 
 
-def test_the_package_has_tasks_of_its_own(answering):
+def test_the_package_has_tasks_of_its_own(answering, capfd):
     harness = Harness("debian", limit=2)
     assert harness.names == ["debian_language", "debian_role", "debian_section", "debian_synopsis"]
     scores = harness.score(*answering)
     assert set(scores) == set(harness.names)
     assert set(scores["debian_role"]) == {"acc", "acc_norm"}
     assert set(scores["debian_synopsis"]) == {"rouge_l"}
+    shown = capfd.readouterr().err
+    assert "loglikelihood requests" in shown  # the bar over the questions, and none over rows
+    assert not any(word in shown for word in ("Map:", "Filter:", "Generating"))
 
 
 def test_twice_is_the_same_and_leaves_chance_alone(answering, tmp_path):

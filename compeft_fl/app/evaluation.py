@@ -252,7 +252,14 @@ def _without_inventory() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's advice and the libraries' warnings out of the terminal."""
+    """Keep the harness's advice, warnings, and bars over rows out of the terminal.
+
+    Its bar over the questions stays: they take minutes.
+    """
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -263,3 +270,5 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()
