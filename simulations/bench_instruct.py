@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": DENSE,
     "dense-8-rounds": {**DENSE, **EIGHT},
     "dense-constant": {**DENSE, "schedule": "constant"},
+    "dense-eight-constant": {**DENSE, **EIGHT, "schedule": "constant"},
     "dense-lr-0.002": {**DENSE, "learning-rate": 0.002},
     "dense-lr-0.005": {**DENSE, "learning-rate": 0.005},
     "ternary": {},
@@ -101,8 +102,21 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "auto-0.6": {**AUTO, "energy": 0.6, "downlink-energy": 0.6},
     "auto-0.7": {**AUTO, "energy": 0.7, "downlink-energy": 0.7},
     "auto-decay-0.9": {**AUTO, "residual-decay": 0.9},
-    "auto-eight-rounds": {**AUTO, **EIGHT},
+    "factored-constant": {**LOW_RANK, "downlink-density": 0.1, "schedule": "constant"},
     "factored-eight-rounds": {**LOW_RANK, **EIGHT, "downlink-density": 0.1},
+    "factored-eight-0.9": {
+        **LOW_RANK,
+        **EIGHT,
+        "downlink-density": 0.1,
+        "residual-decay": 0.9,
+    },
+    "factored-eight-constant": {
+        **LOW_RANK,
+        **EIGHT,
+        "downlink-density": 0.1,
+        "schedule": "constant",
+    },
+    "auto-0.7-eight": {**AUTO, **EIGHT, "energy": 0.7, "downlink-energy": 0.7},
     "b-only": {"trainable": "B"},
 }
 QUICK = {"rounds": 2, "local-steps": 2, "limit-rows": 120, "limit-test-rows": 20}
