@@ -67,7 +67,7 @@ def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
         return [found.strip() for found in re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)]
 
     (commands,) = (block.splitlines() for block in blocks("README.md", "sh"))
-    loading, pooling = blocks("compeft_fl/experts/README.md", "py")
+    loading, pooling, mixing = blocks("compeft_fl/experts/README.md", "py")
     assert len(list(filter(None, loading.splitlines()))) == 5
     assert commands[0] == "compeft-fl experts serve --store experts"
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
     options = {"r": 8, "target_modules": ["query", "value"], "init_lora_weights": False}
     trained = get_peft_model(base, LoraConfig(**options)).eval()
     trained.save_pretrained("runs/latest/adapter")
-    names = {"ids": torch.arange(40).view(2, 20) + 2000}
+    names = {"ids": torch.arange(60).view(3, 20) + 2000}
     with here.store(tmp_path) as (server, _):
         monkeypatch.setenv("COMPEFT_FL_EXPERTS_SERVER", server.address)
         monkeypatch.setenv("COMPEFT_FL_EXPERTS_CACHE", str(tmp_path / "own"))
@@ -92,7 +92,9 @@ def test_the_front_door_s_lines(tmp_path, monkeypatch, capsys):
             expected, loaded = (
                 each(input_ids=names["ids"]).last_hidden_state for each in (trained, names["model"])
             )
-    assert torch.equal(names["vectors"], loaded)
+            assert torch.equal(names["vectors"], loaded)
+            exec(mixing, names)
+            np.testing.assert_allclose(names["vectors"].numpy(), loaded.numpy(), atol=1e-5)
     np.testing.assert_allclose(loaded.numpy(), expected.numpy(), atol=5e-2)
     assert (loaded - expected).abs().mean() < 1e-2 * expected.abs().mean()
 

@@ -98,7 +98,7 @@ class LiveAdapter:
             raise AdapterError(f"expected a PEFT model with {quoted(adapter_name)}, found {found}")
         check_direct(model, adapter_name)
         self.config = model_config(model, adapter_name)
-        self._model, self._name = model, adapter_name
+        self._model, self.name = model, adapter_name
         state = self._state()
         self._places = _places(model, state)
         self.made = [name for name in state if name not in self._places]
@@ -106,7 +106,7 @@ class LiveAdapter:
         self._sources = _sources(model, adapter_name) if self.made else {}
         self.home = {name: tensor.detach().clone() for name, tensor in state.items()}
         self._source_values = {name: p.detach().clone() for name, p in self._sources.items()}
-        self._inits: list[Adapter] = []
+        self.inits: list[Adapter] = []
         if init is not None:
             self.offer_start(init)
         self._starts: dict[str, Mapping[str, Any]] = {}
@@ -116,13 +116,13 @@ class LiveAdapter:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(
-            self._model, adapter_name=self._name, save_embedding_layers=False
+            self._model, adapter_name=self.name, save_embedding_layers=False
         )
         return {name: state[name] for name in sorted(state)}
 
     def offer_start(self, init: Adapter) -> None:
         """Know one more adapter before training, to which experts may be relative."""
-        self._inits.append(resized_start(self.config, init))
+        self.inits.append(resized_start(self.config, init))
 
     def start_state(self, kind: Kind, carried: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors that experts of a kind start from, on the CPU.
@@ -175,7 +175,7 @@ class LiveAdapter:
         """The tensors that experts of a kind start from."""
         if kind.start not in self._starts:
             held = Adapter(self.config, {n: t.cpu() for n, t in self.home.items()})
-            for candidate in (held, *self._inits):
+            for candidate in (held, *self.inits):
                 try:
                     found = start_of(self.config, kind.layout, candidate, carried)
                 except LayoutError:
@@ -195,7 +195,7 @@ class LiveAdapter:
 
     def check_apart(self) -> None:
         """Raise AdapterError where the adapter is merged into the base's weights at present."""
-        if any(self._name in layer.merged_adapters for layer in self._layers):
+        if any(self.name in layer.merged_adapters for layer in self._layers):
             raise AdapterError(
                 "expected an adapter beside the base's weights, found it merged into them: "
                 "unmerge_adapter() first"
@@ -313,7 +313,7 @@ class LiveAdapter:
     def _load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(self._model, dict(state), adapter_name=self._name)
+        set_peft_model_state_dict(self._model, dict(state), adapter_name=self.name)
 
     def _target(
         self, kind: Kind, update: Ternary, live: list[torch.Tensor], carried: Mapping[str, Any]

@@ -420,6 +420,11 @@ def _split(text: str) -> str:
     return f"{text} {text.replace('_', ' ')}"
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    """Tags or metrics; a search reads many, and most have none."""
+    return dict(json.loads(text)) if text != "{}" else {}
+
+
 def _expert(row: Any) -> Expert:
     name, version, digest, size, base_model, base_digest, tags, metrics, created = row[:9]
     num_parameters, density, codec, start, layout_id, config = row[9:]
@@ -431,8 +436,8 @@ def _expert(row: Any) -> Expert:
         base_model=base_model,
         base_digest=base_digest,
         config=json.loads(config) if config else {},
-        tags=json.loads(tags),
-        metrics=json.loads(metrics),
+        tags=_mapping(tags),
+        metrics=_mapping(metrics),
         created=created,
         num_parameters=num_parameters,
         density=density,

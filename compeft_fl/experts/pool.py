@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compeft_fl.adapters import Adapter, StoredUpdate, load_folder, read_update, restore
-from compeft_fl.adapters.base_digest import base_digest_under
 from compeft_fl.adapters.live import Kind, LiveAdapter
 from compeft_fl.adapters.meaning import check_same
 from compeft_fl.adapters.merge import check_comparable, check_mergeable
 from compeft_fl.adapters.starts import tag_of
-from compeft_fl.errors import AdapterError, ParameterError, UnknownExpertError
+from compeft_fl.errors import ParameterError
 from compeft_fl.experts.cache import parse_size
 from compeft_fl.experts.held import Held, Recipe
 from compeft_fl.experts.merged import Merged
 from compeft_fl.experts.shelf import Load, Shelf
+from compeft_fl.experts.slots import Slots
+from compeft_fl.experts.source import Source
 from compeft_fl.printable import quoted
 from compeft_fl.task_vector import TaskVector
 
 if TYPE_CHECKING:
     from compeft_fl.experts.client import ExpertClient
-    from compeft_fl.experts.expert import Expert
 
 __all__ = ["ExpertPool"]
 
@@ -90,15 +91,14 @@ class ExpertPool:
             init = load_folder(init)
         self._live = LiveAdapter(model, adapter_name, init)
         self._model = model
-        self._client = _client(store)
+        self._in_model = threading.RLock()
+        self._source = Source(store, model, self._live, self._in_model, base_digest)
         self._any_base = any_base
-        self._base_digest = base_digest
-        self._references: dict[str, str] = {}
         self._kinds: dict[Kind, Kind] = {}
         self._configs: dict[str, dict[str, Any]] = {}
-        self._table = threading.Lock()  # of the three around it
+        self._table = threading.Lock()  # of the two above, and the one below
         self._fetching: dict[str, threading.Lock] = {}
-        self._in_model = threading.RLock()
+        self._slots = Slots(model, self._live)
         self._active: str | Recipe | None = None
 
     # --- members ----------------------------------------------------------------------------------
@@ -129,8 +129,7 @@ class ExpertPool:
 
     def reference(self, name: str) -> str:
         """Which version of an expert of the store this is: ``NAME@VERSION``; else the name."""
-        with self._table:
-            return self._references.get(name, name)
+        return self._source.reference(name)
 
     @property
     def active(self) -> str | Recipe | None:
@@ -179,8 +178,9 @@ class ExpertPool:
         AdapterError, LayoutError, ParameterError
             As `add`.
         """
-        stored, reference, same_base = self._pull(name)
-        self._put(name, stored, lambda: self._pull(reference)[0], any_base=same_base)
+        stored, reference, same_base = self._source.pull(name, self.names)
+        again = functools.partial(self._source.pull, reference, self.names)
+        self._put(name, stored, lambda: again()[0], any_base=same_base)
 
     def merge(
         self,
@@ -268,6 +268,41 @@ class ExpertPool:
             else:
                 self._write(expert)
 
+    @contextmanager
+    def mixed(self, experts: Sequence[str | Recipe | None]) -> Iterator[tuple[Any, list[str]]]:
+        """The model, for one batch whose samples are answered as different experts.
+
+        Each expert of the batch is written into an adapter of its own, which stays in the model for
+        the next batch: `Slots`. For LoRA; the model has to be in its evaluation mode.
+
+        Parameters
+        ----------
+        experts : sequence of str, Recipe or None
+            Of each sample; None: what the model is without a batch.
+
+        Yields
+        ------
+        (peft.PeftModel, list of str)
+            The model, and what its ``adapter_names`` have to be, for ``forward`` and ``generate``.
+
+        Raises
+        ------
+        AdapterError
+            A method whose layers take no names.
+        CompeftError
+            As `use`.
+        """
+        different = list(dict.fromkeys(each for each in experts if each is not None))
+        for each in different:
+            self._ready(each)
+        with self._in_model:
+            self._live.check_apart()
+            slots = dict(zip(different, self._slots.take(len(different)), strict=True))
+            for each, slot in slots.items():
+                self._write_into(slot.live, each)
+            own = self._live.name
+            yield self._model, [own if e is None else slots[e].name for e in experts]
+
     def export(self, expert: str | Recipe) -> StoredUpdate:
         """An expert as an update, as if it had been read from a file; a merged one is dense.
 
@@ -308,22 +343,23 @@ class ExpertPool:
         self._live.check_apart()
         before = self._active
         try:
-            if (recipe := self._recipe(expert)) is not None:
-                merged = self._merged(recipe)
-                self._live.write_tensors(
-                    merged.kind, merged.on_device, merged.carried, merged.start_weight
-                )
-            else:
-                assert isinstance(expert, str)
-                held = self._held(expert)
-                if held.is_dense:
-                    self._live.write_tensors(held.kind, held.on_device, held.carried)
-                else:
-                    self._live.write_ternary(held.kind, held.ternary(), held.carried)
+            self._write_into(self._live, expert)
         except BaseException:
             self._back_to(before)  # nobody is left with half of an expert
             raise
         self._active = expert
+
+    def _write_into(self, live: LiveAdapter, expert: str | Recipe) -> None:
+        if (recipe := self._recipe(expert)) is not None:
+            merged = self._merged(recipe)
+            live.write_tensors(merged.kind, merged.on_device, merged.carried, merged.start_weight)
+            return
+        assert isinstance(expert, str)
+        held = self._held(expert)
+        if held.is_dense:
+            live.write_tensors(held.kind, held.on_device, held.carried)
+        else:
+            live.write_ternary(held.kind, held.ternary(), held.carried)
 
     def _back_to(self, expert: str | Recipe | None) -> None:
         self._active = None
@@ -386,39 +422,6 @@ class ExpertPool:
             self._ready(name)
         return held
 
-    def _pull(self, name: str) -> tuple[StoredUpdate, str, bool]:
-        """An expert of the store, the reference to this very version, and is its base known ours?
-
-        Raises
-        ------
-        AdapterError
-            Its base model's digest is another.
-        """
-        if self._client is None:
-            known = ", ".join(self.names()[:10]) or "none"
-            raise UnknownExpertError(
-                f"expected an expert of the pool ({known}), found {quoted(name)}"
-            )
-        pulled = self._client.pull(name)
-        expert = pulled.expert
-        if expert.base_digest:
-            self._check_base(expert)
-        if pulled.start is not None:
-            self._live.offer_start(pulled.start.adapter())
-        with self._table:
-            self._references[name] = expert.reference
-        return pulled.read(), f"{expert.name}@{expert.digest}", bool(expert.base_digest)
-
-    def _check_base(self, expert: Expert) -> None:
-        with self._in_model:
-            if not self._base_digest:
-                self._base_digest = base_digest_under(self._model).hex()
-        if expert.base_digest != self._base_digest:
-            raise AdapterError(
-                f"{expert.reference}: expected the model's base, digest {self._base_digest}, found "
-                f"an expert of {quoted(expert.base_model)}, digest {expert.base_digest}"
-            )
-
     def _kind(self, stored: StoredUpdate) -> Kind:
         start = stored.start or tag_of(stored.config, stored.update.layout)[0]
         kind = Kind(stored.update.layout, start)
@@ -435,11 +438,3 @@ class ExpertPool:
         with self._table:
             config = self._configs.setdefault(text, stored.config)
         self._shelf.put(name, Held(stored, kind, config), load)
-
-
-def _client(store: Any) -> Any:
-    if not isinstance(store, str):
-        return store
-    from compeft_fl.experts.client import ExpertClient
-
-    return ExpertClient(store)
