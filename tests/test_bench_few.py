@@ -25,6 +25,7 @@ def test_few_nodes_a_round_learn_and_are_sent_what_the_strategies_send(tiny_conf
     config = dataclasses.replace(
         tiny_config, rounds=6, learning_rate=0.02, run_dir=str(tmp_path), min_nodes=NODES,
         fraction_train=0.25, server_learning_rate=0.5, server_momentum=0.6, downlink_density=0.1,
+        density="auto",
     )  # fmt: skip
     flat = config.to_run_config()
     grid = LocalGrid(client_app.app, NODES, run_config=flat)
@@ -36,7 +37,7 @@ def test_few_nodes_a_round_learn_and_are_sent_what_the_strategies_send(tiny_conf
     assert len(set(drawn)) > 1
 
     setting = Setting(
-        "few", "golomb", "golomb", 0.1, 0.1, nodes_a_round=1, server_learning_rate=0.5,
+        "few", "golomb", "golomb", "auto", 0.1, nodes_a_round=1, server_learning_rate=0.5,
         server_momentum=0.6, score_every=2,
     )  # fmt: skip
     federation = Federation(setting, config, NODES)
@@ -172,7 +173,8 @@ def test_the_table_and_the_files(runs, tmp_path, capsys):
     assert (ours["up"], ours["down"]) == ("1.2 kB", "1.8 kB")
     assert ours["both, of dense"] == f"1/{2 * 4000 * 12 / 3000:.1f}"
     assert ours["bits a visit"] == f"{8 * 1800 / 1000 / 12:.2f}"
-    assert (ours["missed 10"], ours["joins"]) == ("2.00", "4.00")
+    assert (ours["missed 10"], ours["joins"], ours["joins at 50"]) == ("2.00", "4.00", "4.00")
+    assert ours["down, of dense"] == f"1/{4000 * 12 / 1800:.1f}"
     chain = cells["2-of-20-grid-0.05, each delta"]
     assert (chain["down"], chain["loss"], chain["joins"]) == ("7.8 kB", "-", "-")
     said = capsys.readouterr().out
@@ -192,6 +194,25 @@ def test_the_table_and_the_files(runs, tmp_path, capsys):
     )
 
 
+def test_methods_are_compared_each_at_its_best_step(tmp_path, capsys):
+    shorter = {"server_learning_rate": 0.5, "nodes_a_round": 2}
+    one = Setting("2-of-20-dense", "dense", "dense", nodes_a_round=2)
+    half = Setting("2-of-20-dense-step-0.5", "dense", "dense", **shorter)
+    grid = Setting("2-of-20-grid-0.1", "golomb", "golomb", 0.1, 0.1, nodes_a_round=2)
+    other = Setting("2-of-20-grid-0.1-step-0.5", "golomb", "golomb", 0.1, 0.1, **shorter)
+    ends = ((one, 0.9), (half, 0.7), (grid, 0.6), (other, 0.8))
+    runs = [
+        stored(tmp_path, setting, 1, [1, 9, end], *([8000] * 2 if end > 0.8 else [200, 300]), 900)
+        for setting, end in ends
+    ]
+    few_report.write(tmp_path, "the command", runs)
+    said = capsys.readouterr().out
+    assert "2-of-20-grid-0.1 against 2-of-20-dense: -0.300 of loss" in said
+    assert "2-of-20-grid-0.1-step-0.5 against 2-of-20-dense-step-0.5: +0.100 of loss" in said
+    best = "2-of-20-grid-0.1 against 2-of-20-dense-step-0.5: -0.100 of loss"
+    assert f"Each at the best of its steps of the server by the nodes' loss, {best}" in said
+
+
 def test_the_runs_of_a_sweep():
     names = [setting.name for case in few.CASES for setting in few.settings(case)]
     assert len(set(names)) == len(names)
@@ -199,7 +220,9 @@ def test_the_runs_of_a_sweep():
     keys = [job.key for job in few.jobs_of(quick=False)]
     assert len(set(keys)) == len(keys)
     assert {f"{name}-{seed}" for name in few.CLAIMS for seed in few.SEEDS} <= set(keys)
-    assert {f"{name}-{few.SEEDS[0]}" for name in names} <= set(keys)
+    assert set(keys) == {f"{name}-{seed}" for name in names for seed in few.SEEDS}
+    assert keys[: len(few.SEEDS)] == [f"{few.CLAIMS[0]}-{seed}" for seed in few.SEEDS]
+    assert all(job.setting.on_top and job.seed == few.SEEDS[0] for job in few.jobs_of(quick=True))
     assert [job.key for job in few.jobs_of(False, [names[0]], [7, 8])] == [
         f"{names[0]}-7", f"{names[0]}-8",
     ]  # fmt: skip

@@ -20,10 +20,11 @@ from compeft_fl import codecs, merging
 from compeft_fl.codecs.auto import codec_of
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import Downlink
-from compeft_fl.exchange.node_state import NodeState
+from compeft_fl.exchange.node_state import NOTHING, NodeState
 from compeft_fl.exchange.protocol import UNKNOWN, Offer, follow
 from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY, ErrorFeedback
+from compeft_fl.reduction import ENERGY, Reduction
 from compeft_fl.server.server_step import ServerStep
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
@@ -51,8 +52,10 @@ class Setting:
         The key of its results.
     up, down : str
         Codecs: of `compeft_fl.codecs`, or of `compeft_fl.bench.peers`.
-    density, down_density : float
+    density, down_density : float or "auto"
         Of the ternary codecs: the part of the parameters that is sent.
+    energy : float
+        Of density "auto": the share of an update's energy that is sent.
     strategy : "average", "ties" or "task-arithmetic"
     scaling : float
         Lambda of ties and task-arithmetic.
@@ -77,8 +80,8 @@ class Setting:
     name: str
     up: str
     down: str
-    density: float = 1.0
-    down_density: float = 1.0
+    density: float | str = 1.0
+    down_density: float | str = 1.0
     strategy: str = "average"
     scaling: float = 0.4
     support: str = "best"
@@ -89,6 +92,7 @@ class Setting:
     server_momentum: float = 0.0
     score_every: int = 1
     on_top: int = 0
+    energy: float = ENERGY
 
 
 @dataclass
@@ -159,18 +163,21 @@ class _OwnUplink:
     def __init__(self, setting: Setting) -> None:
         self._codec = setting.up
         self._dense = isinstance(codecs.get(setting.up), Dense)
-        self._setting = setting
+        self._reduction = Reduction(
+            setting.density, "mean", setting.support, setting.up == "factored", setting.energy
+        )
+        self._decay = setting.decay
         self._nodes: dict[int, ErrorFeedback] = {}
+        self._versions: dict[int, int] = {}  # that nodes had when they last trained
 
     def send(self, node: int, tau: TaskVector, version: int) -> tuple[bytes, Update]:
         update: Update = tau
         if not self._dense:
-            if node not in self._nodes:
-                of = self._setting
-                self._nodes[node] = ErrorFeedback(
-                    of.density, "mean", support=of.support, decay=of.decay
-                )
-            update = self._nodes[node].compress(tau)
+            feedback = self._nodes.setdefault(node, ErrorFeedback(decay=self._decay))
+            absence = version - self._versions.get(node, NOTHING)
+            feedback.reduction = self._reduction.after(version, absence)
+            self._versions[node] = version
+            update = feedback.compress(tau)
         codec = codec_of(update, self._codec)
         blob = encode(update, codec, layout_by_id=True, base_version=version)
         return blob, decode(blob, layout=tau.layout, base_version=version)
@@ -358,7 +365,11 @@ class Federation:
             if server_round % self.setting.score_every == 0:
                 score.accuracy, score.loss = self._scored(self.adapter.values)
                 if self.setting.nodes_a_round:
-                    score.shared_accuracy, score.shared_loss = self._scored(self._down.shared)
+                    shared: Any = self._down.shared
+                    same = np.array_equal(shared, self.adapter.values)
+                    score.shared_accuracy, score.shared_loss = (
+                        (score.accuracy, score.loss) if same else self._scored(shared)
+                    )
             yield score
 
     def _drawn(self, server_round: int) -> list[int]:

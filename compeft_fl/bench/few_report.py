@@ -14,12 +14,13 @@ from compeft_fl.results.units import size
 
 __all__ = ["Run", "write"]
 
+LATE: Final = 50  # the round of a late joiner; of shorter runs, the last
 LAST: Final = 7  # scores whose mean is a run's result: few nodes a round make it swing
 CHAIN: Final = ", each delta"
 HEADS: Final = (
     "setting", "seeds", "accuracy", "loss", "nodes' accuracy", "nodes' loss",
-    "up", "down", "both, of dense",
-    "bits a visit", f"missed {LONG_ABSENCE}", "joins",
+    "up", "down", "down, of dense", "both, of dense",
+    "bits a visit", f"missed {LONG_ABSENCE}", "joins", f"joins at {LATE}",
 )  # fmt: skip
 
 
@@ -45,6 +46,11 @@ class Run:
         return str(self.setting["down"]).startswith("dense")
 
     @property
+    def method(self) -> tuple[str, str, str, str]:
+        """What it has in common with runs that differ in the server's step alone."""
+        return (self.case, *(str(self.setting[key]) for key in ("down", "density", "down_density")))
+
+    @property
     def visits(self) -> int:
         """So many times a node was sent what it lacks."""
         return int(self.setting["nodes_a_round"]) * (len(self.rounds) - 1)
@@ -62,6 +68,11 @@ class Run:
         """Of what one node would be sent, on the mean over the rounds in which there is one."""
         found = [each[key] for each in self.rounds if each[key]]
         return self.bits(statistics.mean(found)) if found else None
+
+    def late_bits(self) -> float | None:
+        """What a node of which nothing is known is sent late in the run."""
+        found = self.rounds[min(LATE, len(self.rounds) - 1)]["joiner"]
+        return self.bits(found) if found else None
 
 
 def write(out: Path, command: str, found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -119,10 +130,10 @@ def _row(name: str, group: Sequence[Run], way: str, dense: int) -> list[str]:
         for of in ("", "shared_"):
             row.append(_spread([100 * run.last(f"{of}accuracy") for run in group], 1) + " %")
             row.append(_spread([run.last(f"{of}loss") for run in group], 3))
-    row += [size(up), size(down), f"1/{2 * dense / (up + down):.1f}"]
+    row += [size(up), size(down), f"1/{dense / down:.1f}", f"1/{2 * dense / (up + down):.1f}"]
     row.append(f"{group[0].bits(down) / group[0].visits:.2f}")
-    for key in ("long_absence", "joiner"):
-        found = [run.mean_bits(key) for run in group]
+    missed, joins = ([run.mean_bits(key) for run in group] for key in ("long_absence", "joiner"))
+    for found in (missed, joins, [run.late_bits() for run in group]):
         known = [each for each in found if each is not None]
         row.append(f"{statistics.mean(known):.2f}" if known and way == "down" else "-")
     return row
@@ -142,21 +153,57 @@ def _notes(runs: Sequence[Run]) -> str:
         "which lacks what has not gone down yet. Settings of one seed draw the same nodes. Bytes: "
         "updates of all nodes. Dense: the adapter in float32 to and from each node of a round. "
         "Bits: a parameter, of what a node is sent on a visit; of one that has missed "
-        f"{LONG_ABSENCE} versions; of one of which nothing is known, both means over all rounds. "
+        f"{LONG_ABSENCE} versions; of one of which nothing is known: means over all rounds, and in "
+        f"round {LATE} or the last. "
         f'"{CHAIN.strip(", ")}": the same run, had each node been sent every delta that it lacks, '
         "or all in float32 where that is less."
     ]
     groups = _groups(runs)
     for name, group in groups.items():
-        if group[0].dense:
-            continue
-        other = _dense_name(group[0])
-        theirs = {run.seed: run for run in groups.get(other, [])}
-        pairs = [(run, theirs[run.seed]) for run in group if run.seed in theirs]
-        if pairs:
-            told = [_gap(pairs, of) for of in ("", "shared_")]
-            lines.append(f"{name} against {other}: {told[0]}; the nodes' copies {told[1]}.")
+        others = groups.get(_dense_name(group[0]), [])
+        if not group[0].dense and (told := _against(group, others)):
+            lines.append(f"{name} against {others[0].name}: {told}.")
+    best = _best_steps(groups)
+    dense = {group[0].case: group for group in best.values() if group[0].dense}
+    for group in best.values():
+        others = dense.get(group[0].case, [])
+        if (
+            not group[0].dense
+            and _has_steps(group[0], groups)
+            and (told := _against(group, others))
+        ):
+            lines.append(
+                "Each at the best of its steps of the server by the nodes' loss, "
+                f"{group[0].name} against {others[0].name}: {told}."
+            )
     return "\n\n".join(lines)
+
+
+def _best_steps(groups: Mapping[str, list[Run]]) -> dict[tuple[str, ...], list[Run]]:
+    """Of each method the setting whose nodes end with the least loss."""
+    best: dict[tuple[str, ...], list[Run]] = {}
+    for group in groups.values():
+        held = best.get(group[0].method)
+        if held is None or _ends(group) < _ends(held):
+            best[group[0].method] = group
+    return best
+
+
+def _has_steps(run: Run, groups: Mapping[str, list[Run]]) -> bool:
+    return sum(group[0].method == run.method for group in groups.values()) > 1
+
+
+def _ends(group: Sequence[Run]) -> float:
+    return statistics.mean(run.last("shared_loss") for run in group)
+
+
+def _against(group: Sequence[Run], dense: Sequence[Run]) -> str:
+    """How these runs end beside dense ones of the same seeds; nothing where there are none."""
+    theirs = {run.seed: run for run in dense}
+    pairs = [(run, theirs[run.seed]) for run in group if run.seed in theirs]
+    if not pairs:
+        return ""
+    return f"{_gap(pairs, '')}; the nodes' copies {_gap(pairs, 'shared_')}"
 
 
 def _gap(pairs: Sequence[tuple[Run, Run]], of: str) -> str:
@@ -169,8 +216,8 @@ def _gap(pairs: Sequence[tuple[Run, Run]], of: str) -> str:
 
 def _dense_name(run: Run) -> str:
     """The dense setting with the same step of the server."""
-    codec = f"grid-{run.setting['down_density']:g}"
-    return str(run.name.replace(codec, "dense"))
+    sent = f"grid-{run.setting['down_density']:g}"
+    return str(run.name.replace(sent, "dense").partition("-up-")[0])
 
 
 def plot(path: Path, runs: Sequence[Run]) -> None:
