@@ -46,7 +46,7 @@ class Run:
         return str(self.setting["down"]).startswith("dense")
 
     @property
-    def method(self) -> tuple[str, str, str, str]:
+    def method(self) -> tuple[str, ...]:
         """What it has in common with runs that differ in the server's step alone."""
         return (self.case, *(str(self.setting[key]) for key in ("down", "density", "down_density")))
 
