@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from local_grid import LocalGrid  # noqa: E402
 
-from compeft_fl.app import client_app, server_app  # noqa: E402
+from compeft_fl.app import client_app, server_app, tasks  # noqa: E402
 from compeft_fl.app.config import AppConfig  # noqa: E402
 from compeft_fl.app.tasks import conversations, fine_tuning, language_model  # noqa: E402
+from compeft_fl.app.tasks.base import round_seed  # noqa: E402
 from compeft_fl.app.tasks.conversations import Conversations  # noqa: E402
 from compeft_fl.app.tasks.formatting import Formatter  # noqa: E402
+from compeft_fl.bench import results  # noqa: E402
+from compeft_fl.reduction import Reduction, quality_of  # noqa: E402
+from compeft_fl.task_vector import TaskVector  # noqa: E402
 
 NODES, MOST_TOKENS, AT_A_TIME = 6, 40, 50
-FREE = ("synopsis",)  # kinds whose answers are many words, scored by ROUGE-L
 
 # What all variants but the scenario itself begin from.
 COMMON: dict[str, Any] = {
@@ -96,6 +99,13 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "factored-0.05-0.1": {**LOW_RANK, "density": 0.05, "downlink-density": 0.1},
     "factored-decay-0.7": {**LOW_RANK, "downlink-density": 0.1, "residual-decay": 0.7},
     "factored-decay-0.9": {**LOW_RANK, "downlink-density": 0.1, "residual-decay": 0.9},
+    "factored-0.14": {**LOW_RANK, "density": 0.14, "downlink-density": 0.1},
+    "factored-0.14-decay-0.9": {
+        **LOW_RANK,
+        "density": 0.14,
+        "downlink-density": 0.1,
+        "residual-decay": 0.9,
+    },
     "factored-up": {"codec": "factored"},
     "factored-up-down-0.25": {"codec": "factored", "downlink-density": 0.25},
     "auto-0.5": {**AUTO, "energy": 0.5, "downlink-energy": 0.5},
@@ -118,6 +128,13 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     },
     "auto-0.7-eight": {**AUTO, **EIGHT, "energy": 0.7, "downlink-energy": 0.7},
     "b-only": {"trainable": "B"},
+}
+BY_KIND = ("scenario", "dense", "ternary", "factored")  # whose answers are shown by kind
+FORMS = {
+    "ternary, density 0.1": Reduction(0.1),
+    "ternary, density 0.3": Reduction(0.3),
+    "low-rank signs in the bytes of 0.1": Reduction(0.1, factored=True),
+    "low-rank signs in the bytes of 0.14": Reduction(0.14, factored=True),
 }
 QUICK = {"rounds": 2, "local-steps": 2, "limit-rows": 120, "limit-test-rows": 20}
 
@@ -185,6 +202,23 @@ def answers(model: language_model.LanguageModel, config: AppConfig) -> dict[str,
     return found
 
 
+def kept(config: AppConfig) -> dict[str, list[float]]:
+    """The part of the energy that is sent of a node's first updates, trained alone."""
+    task = tasks.prepare(config)
+    rows = task.node_rows({"partition-id": 0, "num-partitions": NODES})
+    found: dict[str, list[float]] = {name: [] for name in FORMS}
+    for number in range(1, 6):
+        before = task.adapter_state()
+        task.train(rows, number, round_seed(config, number, 0))
+        tau = TaskVector.between(before, task.adapter_state())
+        for name, form in FORMS.items():
+            found[name].append(1 - quality_of(tau, form(tau)).relative_error ** 2)
+    return found
+
+
+OTHERS: dict[str, Callable[[AppConfig], dict[str, Any]]] = {"base": base, "kept": kept}
+
+
 def by_kind(rows: Conversations) -> list[tuple[str, Conversations]]:
     """All rows, and those of each kind."""
     kinds = sorted(set(rows.groups))
@@ -230,7 +264,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="42")
-    parser.add_argument("--only", default="base,dense,scenario", help="variants, by comma")
+    parser.add_argument("--only", default="base,kept,dense,scenario", help="variants, by comma")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it runs")
     options = parser.parse_args()
@@ -238,20 +272,17 @@ def main() -> int:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     names = options.only.split(",")
     for name in names:
-        if name not in ("base", *VARIANTS):
-            parser.error(f"expected variants of base, {', '.join(VARIANTS)}, found {name}")
+        if name not in (*OTHERS, *VARIANTS):
+            parser.error(f"expected variants of {', '.join((*OTHERS, *VARIANTS))}, found {name}")
     for seed in map(int, options.seeds.split(",")):
         for name in names:
-            file = options.out / (f"{name}.json" if name == "base" else f"{name}-{seed}.json")
+            file = options.out / (f"{name}.json" if name in OTHERS else f"{name}-{seed}.json")
             if file.exists():
                 continue
-            config = configured("scenario" if name == "base" else name, seed, options.device,
-                                options.quick)  # fmt: skip
-            found = base(config) if name == "base" else run(config)
+            variant = "scenario" if name in OTHERS else name
+            found = OTHERS.get(name, run)(configured(variant, seed, options.device, options.quick))
             put(file, json.dumps(found, indent=1) + "\n")
-            score = found["validation"]["all"]
-            print(f"{name}, seed {seed}: {100 * score['accuracy']:.1f} %, {score['loss']:.3f}",
-                  flush=True)  # fmt: skip
+            print(f"{name}, seed {seed}: done", flush=True)
     put(options.out / "instruct.md", page(options.out))
     return 0
 
@@ -271,35 +302,53 @@ def page(folder: Path) -> str:
         for file in sorted(folder.glob(f"{name}-[0-9]*.json"))
         if re.fullmatch(rf"{re.escape(name)}-\d+", file.stem) and file.stem not in VARIANTS
     ]
+    start = folder / "base.json"
+    known = json.loads(start.read_text()) if start.exists() else None
     lines = [
         "# A language model tuned by six nodes: compressed against dense",
         "",
-        "`python simulations/bench_instruct.py --out DIR`",
+        f"`python simulations/bench_instruct.py --out DIR`: {results.machine()}",
         "",
-        "Accuracy and loss are over the tokens of responses.",
+        f"All but the scenario itself have {told(COMMON)}; and what the second column says.",
+        "Accuracy and loss are over the tokens of responses: of 498 rows to choose settings by",
+        "(validation), and of the 200 that a run scores (test). Bytes are parts of dense ones.",
         "",
-        "| variant | seed | validation: accuracy | loss | test: accuracy | loss | bytes up "
-        "| down | both |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| variant | settings | seed | on | validation: accuracy | loss | test: accuracy | loss "
+        "| up | down | both |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    start = folder / "base.json"
-    known = json.loads(start.read_text()) if start.exists() else None
     if known:
-        lines.append(f"| base model | | {scores(known)} | | | |")
+        lines.append(f"| base model | | | | {scores(known)} | | | |")
     for name, seed, found in runs:
         up, down = (
             (found[f"{way}_payload_bytes"], found[f"{way}_dense_bytes"])
             for way in ("uplink", "downlink")
         )
-        parts = [f"1/{dense / sent:.1f}" for sent, dense in (up, down)]
-        both = f"1/{(up[1] + down[1]) / (up[0] + down[0]):.1f}"
-        lines.append(f"| {name} | {seed} | {scores(found)} | {' | '.join(parts)} | {both} |")
+        changes = VARIANTS[name]
+        settings = "simulations/instruct.toml" if changes is None else told(changes)
+        both = (up[0] + down[0], up[1] + down[1])
+        parts = [f"1/{dense / sent:.1f}" for sent, dense in (up, down, both)]
+        lines.append(
+            f"| {name} | {settings} | {seed} | {found['config']['device']} | {scores(found)} "
+            f"| {' | '.join(parts)} |"
+        )
+    share = folder / "kept.json"
+    if share.exists():
+        lines += [
+            "",
+            "## What is sent of one node's updates, trained alone: part of the energy",
+            "",
+        ]
+        lines += ["| sent as | rounds 1 to 5 |", "|---|---|"]
+        for name, parts in json.loads(share.read_text()).items():
+            lines.append(f"| {name} | {', '.join(f'{100 * part:.0f} %' for part in parts)} |")
     lines += ["", "## Answers to the test rows, by kind", ""]
     lines += [
         "| variant | seed | kind | accuracy | loss | answers that are exact | ROUGE-L |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, seed, found in ([("base model", "", known)] if known else []) + runs:
+    shown = [each for each in runs if each[0] in BY_KIND]
+    for name, seed, found in ([("base model", "", known)] if known else []) + shown:
         for kind, figures in found["test"].items():
             if kind != "all":
                 lines.append(
@@ -313,6 +362,11 @@ def page(folder: Path) -> str:
         losses = ", ".join(f"{loss:.2f}" for loss in found["loss"])
         lines.append(f"| {name} | {seed} | {losses} |")
     return "\n".join(lines) + "\n"
+
+
+def told(settings: dict[str, Any]) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def scores(found: dict[str, Any]) -> str:
