@@ -82,7 +82,8 @@ def _links(out: Path, command: str, sizes: Sequence[str]) -> None:
         f"{row['seconds']:.2f} s, {row['bytes_passed']:,} bytes on the wire"
         for row in measured
     ]
-    notes = f"{_NOTE} In parentheses: how many times sooner than {expert_links.DENSE}.\n\n"
+    notes = f"{_NOTE} Decoded and loaded: the fastest of three. In parentheses: how many times "
+    notes += f"sooner than {expert_links.DENSE}.\n\n"
     notes += "Measured as a whole, over a throttled relay on loopback (ours: the store's service "
     notes += "by gRPC; safetensors: by HTTP):\n\n" + "\n".join(f"- {line}" for line in lines)
     results.write_markdown(out / "experts_links.md", command, heads, table, notes)
