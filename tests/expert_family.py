@@ -24,7 +24,10 @@ def bits(model):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[n].cpu(), other[n].cpu())
+        for n in one  # PEFT loads some to a GPU where there is one
+    )
 
 
 def train(model, seed):

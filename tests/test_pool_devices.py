@@ -91,6 +91,7 @@ def test_a_gpu_answers_and_goes_back_to_the_bit(tmp_path, dtype, with_init, form
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.filterwarnings("ignore:inner dimension")  # of bitsandbytes: slower, not other values
 @pytest.mark.parametrize("form", ["masks", "streams"])
 def test_a_gpu_with_a_base_in_4_bits(tmp_path, form):
     pytest.importorskip("bitsandbytes")
