@@ -51,19 +51,20 @@ def test_every_way_of_swapping_is_in_the_table(bench, monkeypatch):
     assert all(row["fastest_ms"] <= row["median_ms"] <= row["p99_ms"] for row in rows)
 
 
+@pytest.mark.long
 def test_a_store_under_load_fails_no_request_and_says_how_soon(tmp_path):
-    experts.store(tmp_path, "the command", 30, 0.2, clients=1)
+    experts.store(tmp_path, "the command", 12, 0.2, clients=1)
     with (tmp_path / "experts_store.csv").open(newline="") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
     assert set(rows) == {
         "push", "search", "search by tags", "search --like", "pull", "search, one client",
     }  # fmt: skip
-    assert rows["push"]["requests"] == "30"
+    assert rows["push"]["requests"] == "12"
     for row in rows.values():
-        assert (row["failed"], int(row["requests"]) > 1) == ("0", True)
+        assert (row["failed"], int(row["requests"]) > 0) == ("0", True)
         assert 0 < float(row["median"]) <= float(row["p99"])
     text = (tmp_path / "experts_store.md").read_text()
-    assert "30 experts" in text
+    assert "12 experts" in text
     assert re.search(r"The index takes [1-9]", text)
 
 
