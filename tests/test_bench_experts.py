@@ -65,7 +65,7 @@ def test_a_store_under_load_fails_no_request_and_says_how_soon(tmp_path):
         assert 0 < float(row["median"]) <= float(row["p99"])
     text = (tmp_path / "experts_store.md").read_text()
     assert "12 experts" in text
-    assert re.search(r"The index takes [1-9]", text)
+    assert re.search(r"The index takes [\d.]+ MB \([1-9]", text)
 
 
 def test_other_devices_are_for_swaps_alone(capsys, tmp_path):
