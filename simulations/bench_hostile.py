@@ -185,7 +185,7 @@ def page(found: list[dict[str, Any]]) -> str:
     lines = [
         "# One hostile node of ten in the default federation",
         "",
-        "`python simulations/bench_hostile.py --seeds 42,43,44 --out DIR`",
+        "`python simulations/bench_hostile.py --out DIR`",
         "",
         "Accuracy after ten rounds, and the mean of rounds 8 to 10: less of one round's luck.",
         "",
