@@ -84,6 +84,19 @@ def test_tables_and_plots_have_the_runs_figures(page):
     assert re.findall(r"<tr><td>([\w-]+)", differing) == ["seed"]
 
 
+def test_ticks_have_room_and_a_run_has_one_colour(runs, tmp_path):
+    by_bytes = html_report._by_bytes
+    near, far = html_report.read_run(runs[0]), html_report.read_run(runs[1])
+    assert by_bytes(["a"], [near])["layout"]["xaxis"]["dtick"] == "D2"
+    many = dataclasses.replace(far, summary={**far.summary, "uplink_payload_bytes": [10**6, 10**6]})
+    assert by_bytes(["a", "b"], [near, many])["layout"]["xaxis"]["dtick"] == 1
+    both = [dataclasses.replace(run, by_node={"7": (3, 4)}) for run in (near, far)]
+    bars = html_report._per_node(["a", "b"], both)["data"]
+    colours = [bar["marker"]["color"] for bar in bars]
+    assert colours == ["#0072b2", "#0072b280", "#d55e00", "#d55e0080"]
+    assert [bar["name"] for bar in bars] == ["a, up", "a, down", "b, up", "b, down"]
+
+
 def test_names_of_strangers_are_text_and_nothing_is_loaded(page, runs, tmp_path):
     told = summary([0.5, 0.6, 0.7], [1, 2], 3)
     folder = tmp_path / "evil"

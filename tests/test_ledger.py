@@ -288,6 +288,15 @@ def test_a_run_that_was_killed_goes_on_in_the_same_ledger(tmp_path):
     assert third.totals == second.totals
 
 
+def test_a_ledger_of_before_some_columns_is_read(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.add(a_transfer())
+    lines = ledger.path.read_text().splitlines()
+    kept = lines[0].split(",").index("energy")
+    ledger.path.write_text("".join(",".join(line.split(",")[:kept]) + "\n" for line in lines))
+    assert list(read_ledger(ledger.path)) == [(1, a_transfer())]
+
+
 @pytest.mark.parametrize("left", [b"", b"time,att"])
 def test_a_ledger_without_a_whole_line_begins_anew(tmp_path, left):
     (tmp_path / LEDGER_FILE).write_bytes(left)

@@ -53,7 +53,7 @@ PARTS: Final = {
 }
 
 LANGUAGE_TASKS: Final = tuple(
-    f"debian-instructions:{kind}" for kind in ("section", "role", "language", "depends", "synopsis")
+    f"debian-instructions:{kind}" for kind in ("section", "role", "language", "synopsis", "depends")
 )
 _LANGUAGE_METHODS: Final = ("qlora", "lora", "ia3", "full")
 _LANGUAGE: Final = {

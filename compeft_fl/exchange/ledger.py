@@ -90,6 +90,7 @@ _SUMMED: Final = (
     "node_decode_seconds",
 )
 _COLUMNS: Final = ("time", "attempt", *(f.name for f in fields(Transfer) if f.name != "time"))
+_LATER: Final = ("energy", "rank", "density", "link_mbps", "transfer_seconds")
 
 
 @dataclass
@@ -309,6 +310,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Transfer | None]]:
 
 
 def _transfer_of(row: dict[str, str]) -> Transfer:
+    for name in _LATER:  # a ledger of an earlier version has not these columns
+        row.setdefault(name, "")
     return Transfer(
         time=float(row["time"]),
         round=int(row["round"]),

@@ -30,6 +30,8 @@ __all__ = ["REPORT_FILE", "Run", "read_run", "write"]
 REPORT_FILE: Final = "report.html"
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FEW: Final = 12  # rounds that each have a tick
+_NEAR: Final = 100  # times as many bytes: ticks between powers of ten have room on a telephone
+_HALF: Final = "80"  # behind a colour: half of it, for what goes down
 _LAYERS: Final = (  # what each adds to the one before
     ("payload (Updates)", "payload_bytes", None),
     ("records and metadata", "message_bytes", "payload_bytes"),
@@ -284,10 +286,12 @@ def _by_bytes(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
         accuracy, sent = _percent(run.summary["accuracy"]), _sent(run)
         hovers = _hovers(name, accuracy, sent)
         data.append(_line(name, index, sent[1:], accuracy[1:], hovers[1:]))
+    known = [value for line in data for value in line["x"] if value > 0]
+    near = not known or max(known) < _NEAR * min(known)
     axis = {
         **_axis("bytes up and down so far, all nodes"),
         "type": "log",
-        "dtick": "D2",  # 1, 2 and 5 of each power of ten
+        "dtick": "D2" if near else 1,  # 1, 2 and 5 of each power of ten; else these alone
         "exponentformat": "SI",
     }
     return {"data": data, "layout": {"xaxis": axis, "yaxis": _axis("accuracy (%)")}}
@@ -342,7 +346,9 @@ def _per_node(names: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
                 for node, value in zip(run.by_node, values, strict=True)
             ]
             label = f"{name}, {way}" if len(runs) > 1 else way
-            data.append(_bar(label, 2 * index + at, nodes, values, hovers))
+            bar = _bar(label, index, nodes, values, hovers)
+            bar["marker"]["color"] += _HALF if at else ""
+            data.append(bar)
     layout = {"barmode": "group", "yaxis": _axis("payload bytes")}
     return {"data": data, "layout": layout}
 
