@@ -131,6 +131,42 @@ def test_nonsense_under_a_right_checksum(told, tmp_path, caplog):
     assert "is none of this program's" in caplog.text
 
 
+def without(told, names):
+    """What a checkpoint tells, less these of its items, however deep."""
+    if isinstance(told, dict):
+        return {key: without(value, names) for key, value in told.items() if key not in names}
+    if isinstance(told, list):
+        return [
+            without(each, names)
+            for each in told
+            if not (isinstance(each, list) and each and str(each[0]) in names)
+        ]
+    return told
+
+
+def test_a_checkpoint_of_before_the_grid_is_refused_in_a_line(tmp_path):
+    """The first version's downlink kept a version, theta_shared and a log, on no grid."""
+    from safetensors.numpy import load, save
+
+    folder = CheckpointFolder(tmp_path)
+    start(ComPEFTAverage(), grid_of(), 2, checkpointing=Checkpointing(folder))
+    for file in folder.files():
+        content = file.read_bytes()
+        arrays = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        new = {"grid", "start", "started", "cuts"}
+        told = json.dumps(without(json.loads(header["told"]), new))
+        assert told != header["told"]
+        header["told"], header["checksum"] = told, checkpoint._checksum(told, arrays)
+        file.write_bytes(save(arrays, metadata=header))
+    with pytest.raises(StateError) as error:
+        start(ComPEFTAverage(), grid_of(), 3, checkpointing=Checkpointing(folder, resume=True))
+    said = str(error.value)
+    assert "expected a checkpoint whose adapter lies on a grid, found one that an earlier" in said
+    assert "begin again from the adapter that it led to" in said
+    assert "\n" not in said
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     folder = CheckpointFolder(tmp_path)
     start(ComPEFTAverage(), grid_of(), 1, checkpointing=Checkpointing(folder))

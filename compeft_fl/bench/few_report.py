@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -31,7 +32,7 @@ class Run:
         self.job = result["job"]
         self.setting: Mapping[str, Any] = self.job["setting"]
         self.name, self.seed = self.setting["name"], self.job["seed"]
-        self.case = "-".join(self.name.split("-")[:3])
+        self.case = re.split("-(?:dense|grid)", self.name)[0]
         self.num_parameters: int = result["num_parameters"]
         self.rounds: Sequence[Mapping[str, Any]] = result["rounds"]
         self.seconds: float = result["cpu_seconds"]
