@@ -156,8 +156,9 @@ def main() -> None:
         "whose version is older is sent all that came after the start, one vector for all of them."
     )
     command = "python simulations/bench_versions.py"
-    if (options.parameters, options.versions) != (PARAMETERS, VERSIONS):
-        command += f" --parameters {options.parameters} --versions {options.versions}"
+    for key, usual in (("parameters", PARAMETERS), ("versions", VERSIONS)):
+        if getattr(options, key) != usual:
+            command += f" --{key} {getattr(options, key)}"
     options.out.mkdir(parents=True, exist_ok=True)
     results.write_markdown(options.out / "bench_versions.md", command, HEADS, rows, notes)
     results.show_table("nodes at as many versions", HEADS, rows)
