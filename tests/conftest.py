@@ -11,7 +11,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import kinds
@@ -22,6 +25,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes has C++ compiled for one call
 
 WORDS = {
     "animals": ["cat", "dog", "horse", "cow", "sheep", "bird", "fish"],
@@ -54,10 +58,22 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def _states() -> Iterator[str]:
+    """A folder in memory, where there is room: what nodes remember is synced to disk each time."""
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    with tempfile.TemporaryDirectory(prefix="cfl-", dir=memory if roomy else None) as folder:
+        yield folder
+
+
 @pytest.fixture(autouse=True)
-def _state_dir(tmp_path_factory, monkeypatch) -> None:
+def _state_dir(_states, monkeypatch) -> Iterator[None]:
     """What nodes remember lies in a folder of each test."""
-    monkeypatch.setenv("COMPEFT_FL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+    folder = tempfile.mkdtemp(dir=_states)
+    monkeypatch.setenv("COMPEFT_FL_STATE_DIR", folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
