@@ -35,8 +35,9 @@ DIST := build/dist-venv
 # Commands start dozens of processes, and each would compile this project's modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# A core each; tests that start Flower stay with one of them (tests/kinds.py).
-WORKERS := -n logical --maxprocesses 4 --dist loadgroup
+# A core each, and one for the tests that start Flower (tests/kinds.py), which mostly wait.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadgroup
 
 # pip's -qq leaves errors only.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
