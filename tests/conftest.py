@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kinds.mark(item)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups hold: an xdist that does not know this pytest leaves them out without a word."""
+    if session.config.getoption("loadgroup", False):
+        for item in session.items:
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+                raise pytest.UsageError(f"expected a group in the id of {item.nodeid}, found none")
+
+
 _modules = [0]  # how many there were when their objects were put aside
 
 
