@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from compeft_fl.ablations import variant_of
 from compeft_fl.compeft import keep_top_k, scale_of
 from compeft_fl.errors import ParameterError
+from compeft_fl.reduction.ablations import variant_of
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -58,8 +58,8 @@ def tune(
         False: the smallest number is the best. Of equal ones the smaller density, then the smaller
         alpha.
     variant : str
-        Of `compeft_fl.ablations.VARIANTS`. One without alpha is tried once at each density, as
-        alpha 1.
+        Of `compeft_fl.reduction.ablations.VARIANTS`. One without alpha is tried once at each
+        density, as alpha 1.
 
     Raises
     ------

@@ -27,7 +27,7 @@ from compeft_fl.bench import results
 from compeft_fl.bench.measure import measure
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.factored import FactoredVector
-from compeft_fl.factorize import factorize, keep_energy, kept_energy
+from compeft_fl.reduction.factorize import factorize, keep_energy, kept_energy
 
 ROOT = Path(__file__).parents[1]
 DENSITIES = (0.02, 0.05, 0.1, 0.2)

@@ -37,7 +37,7 @@ import torch  # noqa: E402
 
 import compeft_fl as cf  # noqa: E402
 from compeft_fl.exchange.downlink import Downlink  # noqa: E402
-from compeft_fl.reduction import Reduction  # noqa: E402
+from compeft_fl.reduction.rules import Reduction  # noqa: E402
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec  # noqa: E402
 
 KINDS: dict[str, Callable[[np.random.Generator, int], Any]] = {

@@ -42,7 +42,7 @@ from compeft_fl.app.tasks.base import round_seed  # noqa: E402
 from compeft_fl.app.tasks.conversations import Conversations  # noqa: E402
 from compeft_fl.app.tasks.formatting import Formatter  # noqa: E402
 from compeft_fl.bench import results  # noqa: E402
-from compeft_fl.reduction import Reduction, quality_of  # noqa: E402
+from compeft_fl.reduction.rules import Reduction, quality_of  # noqa: E402
 from compeft_fl.task_vector import TaskVector  # noqa: E402
 
 NODES, MOST_TOKENS, AT_A_TIME = 6, 40, 50

@@ -28,7 +28,7 @@ from compeft_fl.codecs.auto import codec_of
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.uplink import ErrorFeedback
 from compeft_fl.merging.accumulators import Average
-from compeft_fl.reduction import Reduction
+from compeft_fl.reduction.rules import Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 

@@ -22,9 +22,9 @@ from compeft_fl.errors import CompeftError, UnknownLayoutError
 from compeft_fl.exchange import node_state
 from compeft_fl.exchange.records import to_arrays
 from compeft_fl.exchange.replica import Replica
-from compeft_fl.factorize import factorize
 from compeft_fl.merging import partial
 from compeft_fl.merging.partial import decode_partial, encode_partial
+from compeft_fl.reduction.factorize import factorize
 from compeft_fl.server import checkpoint
 from compeft_fl.server.checkpoint import Checkpoint, CheckpointFolder
 from compeft_fl.wire.messages import seal

@@ -15,6 +15,7 @@ from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER, find_carried
 from compeft_fl.merging.accumulators import Accumulator
 from compeft_fl.merging.carried import CarriedAverage
+from compeft_fl.parts.tensor_policy import TensorPolicy
 from compeft_fl.server.base import Base
 from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.broadcast import Broadcaster
@@ -37,7 +38,6 @@ from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.server.server_step import ServerStep
 from compeft_fl.server.upload_budget import UploadBudget
 from compeft_fl.task_vector import Layout
-from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["ComPEFTStrategy", "FedAvgOptions", "SharedOptions"]
 
@@ -92,7 +92,7 @@ class ComPEFTStrategy(FedAvg):
     tensors : mapping of str to {"trained", "carried", "left"}, or TensorPolicy, optional
         Patterns of names, for whole models: what is trained, and compressed; what is carried as it
         is, and averaged; what is left to the nodes (personal layers). Default: by data type and
-        name, see `compeft_fl.tensor_policy.TensorPolicy`; the nodes are told.
+        name, see `compeft_fl.parts.tensor_policy.TensorPolicy`; the nodes are told.
     robustness : SignAgreementFilter, optional
         Sets replies aside that point away from most. Default: none is, but by the bounds.
     bounds : ReplyBounds, optional

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from compeft_fl.client.node_memory import forget_federation
 from compeft_fl.errors import CompeftError, ParameterError
 from compeft_fl.exchange.records import LOGGER
+from compeft_fl.parts.tensor_policy import TensorPolicy
 from compeft_fl.server.bounds import ReplyBounds
 from compeft_fl.server.broadcast import Broadcaster
 from compeft_fl.server.downlink_options import DownlinkOptions
@@ -23,7 +24,6 @@ from compeft_fl.server.outcomes import Outcomes
 from compeft_fl.server.privacy import check_outermost, wrapped
 from compeft_fl.server.rounds import Checkpointing, run_rounds
 from compeft_fl.server.upload_budget import UploadBudget
-from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["Compressed"]
 

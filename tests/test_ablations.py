@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import compeft_fl as cf
-from compeft_fl.ablations import VARIANTS, ablate, prune
 from compeft_fl.compeft import standard_deviation
 from compeft_fl.errors import ParameterError
+from compeft_fl.reduction.ablations import VARIANTS, ablate, prune
 from compeft_fl.tuning import tune
 
 

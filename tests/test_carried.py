@@ -21,7 +21,7 @@ from compeft_fl.errors import (
 )
 from compeft_fl.exchange.carried import Apart, Versions, follow_apart
 from compeft_fl.merging.carried import CarriedAverage
-from compeft_fl.tensor_policy import TensorPolicy
+from compeft_fl.parts.tensor_policy import TensorPolicy
 
 BASE = {
     "mean": np.array([1, -2, 3], "f4"),

@@ -20,7 +20,7 @@ from compeft_fl.errors import (
     UnknownExpertError,
 )
 from compeft_fl.experts import ExpertClient
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import TaskVector
 
 

@@ -18,9 +18,9 @@ from compeft_fl import errors
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.replica import Replica
 from compeft_fl.exchange.uplink import ErrorFeedback, within
-from compeft_fl.factorize import factorize, keep_energy, kept_energy
 from compeft_fl.mod import CompressionMod
-from compeft_fl.reduction import Reduction
+from compeft_fl.reduction.factorize import factorize, keep_energy, kept_energy
+from compeft_fl.reduction.rules import Reduction
 from compeft_fl.strategies import ComPEFTAverage, DownlinkOptions
 from compeft_fl.wire import messages
 

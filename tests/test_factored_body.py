@@ -12,7 +12,7 @@ import compeft_fl as cf
 from compeft_fl import errors
 from compeft_fl.codecs.context import matrices
 from compeft_fl.factored import FactoredVector, Terms
-from compeft_fl.factorize import factorize
+from compeft_fl.reduction.factorize import factorize
 from compeft_fl.wire import messages
 
 # --- the codec --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from compeft_fl.cli.main import main
 from compeft_fl.errors import AdapterError
 from compeft_fl.full import compression, matching
 from compeft_fl.kernels import cpu_pieces
+from compeft_fl.reduction.quality import Quality
 
 # --- the same as in memory --------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def test_what_is_kept_is_that_of_the_whole_task_vector(tmp_path, monkeypatch, dt
     assert [part.num_parameters for *_, part in stored.parts()] == [
         640, 999, 999, 999, 999, 804, 999, 121 + 16,
     ]  # fmt: skip
-    quality = cf.quality.Quality.of(tau, expected)
+    quality = Quality.of(tau, expected)
     assert made.quality.cosine == pytest.approx(quality.cosine, abs=1e-6)
     assert made.quality.relative_error == pytest.approx(quality.relative_error, abs=1e-5)
     again = restored(tmp_path / "x", tmp_path / "base", tmp_path / "again")

@@ -20,7 +20,7 @@ from compeft_fl.exchange.node_state import StateFile
 from compeft_fl.exchange.records import find_answer, find_offer, find_update, update_record
 from compeft_fl.exchange.replica import Replica, digest_of
 from compeft_fl.mod import CompressionMod
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.strategies import (
     ComPEFTAverage,
     ComPEFTTaskArithmetic,

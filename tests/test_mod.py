@@ -20,8 +20,8 @@ from compeft_fl.compeft import compress
 from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.node_state import NodeState
 from compeft_fl.exchange.records import update_record
-from compeft_fl.factorize import factorize
 from compeft_fl.mod import CompressionMod
+from compeft_fl.reduction.factorize import factorize
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.wire.messages import STYPE, decode, encode, inspect, layout_id
 

@@ -7,7 +7,7 @@ import pytest
 
 import compeft_fl as cf
 from compeft_fl.errors import LayoutError
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.quality import Quality
 
 
 def vector(size, seed=0):

@@ -11,7 +11,7 @@ from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.merging.accumulators import Average
 from compeft_fl.merging.coverage import Coverage
 from compeft_fl.merging.products import ProductMean, best_product, factors_near
-from compeft_fl.ranks import Cut, rank_of
+from compeft_fl.parts.ranks import Cut, rank_of
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 
 RNG = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compeft_fl.errors import LayoutError, ParameterError
-from compeft_fl.tensor_policy import CARRIED, LEFT, TRAINED, TensorPolicy
+from compeft_fl.parts.tensor_policy import CARRIED, LEFT, TRAINED, TensorPolicy
 
 
 def zeros(dtype: str, *shape: int) -> np.ndarray:

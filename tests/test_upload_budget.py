@@ -17,7 +17,7 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.records import find_answer, find_offer
 from compeft_fl.exchange.uplink import ErrorFeedback
 from compeft_fl.mod import CompressionMod
-from compeft_fl.rates import Rate, rounded_to
+from compeft_fl.reduction.rates import Rate, rounded_to
 from compeft_fl.server.upload_budget import TIERS, LinkTimes, UploadBudget
 from compeft_fl.strategies import ComPEFTAverage, Compressed
 from compeft_fl.task_vector import TaskVector

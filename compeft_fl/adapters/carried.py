@@ -19,8 +19,8 @@ import numpy as np
 from compeft_fl.adapters.weights import StoredTensors, require_torch
 from compeft_fl.errors import AdapterError, MalformedError
 from compeft_fl.merging.carried import CarriedAverage
+from compeft_fl.parts.tensor_policy import TRAINED, TensorPolicy, is_statistic
 from compeft_fl.task_vector import is_torch
-from compeft_fl.tensor_policy import TRAINED, TensorPolicy, is_statistic
 
 __all__ = ["carried_names", "digest", "from_bytes", "merge_carried", "to_bytes"]
 

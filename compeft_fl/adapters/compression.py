@@ -27,8 +27,8 @@ from compeft_fl.codecs.base import Update
 from compeft_fl.compeft import compress
 from compeft_fl.errors import AdapterError
 from compeft_fl.factored import FactoredVector, Terms
-from compeft_fl.factorize import factorize
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.factorize import factorize
+from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -80,7 +80,7 @@ def compress_adapter(
     density, scale, support
         As for `compeft_fl.compress`; without ``init``, of each factor by itself.
     factored : bool
-        Low-rank signs in as many bits, see `compeft_fl.factorize.factorize`.
+        Low-rank signs in as many bits, see `compeft_fl.reduction.factorize.factorize`.
 
     Raises
     ------

@@ -38,7 +38,7 @@ from compeft_fl.wire.opening import open_update
 
 if TYPE_CHECKING:
     from compeft_fl.codecs.base import Update
-    from compeft_fl.quality import Quality
+    from compeft_fl.reduction.quality import Quality
 
 __all__ = [
     "StoredUpdate",

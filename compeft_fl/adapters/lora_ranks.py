@@ -15,7 +15,7 @@ import numpy as np
 
 from compeft_fl.adapters.folders import Adapter, load_folder, save_folder
 from compeft_fl.errors import AdapterError
-from compeft_fl.ranks import check_rank, leading, rank_axis
+from compeft_fl.parts.ranks import check_rank, leading, rank_axis
 from compeft_fl.task_vector import is_torch
 
 __all__ = ["cut_folder", "lora_settings"]

@@ -26,7 +26,7 @@ from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY
-from compeft_fl.reduction import DOWN_ENERGY, ENERGY
+from compeft_fl.reduction.rules import DOWN_ENERGY, ENERGY
 from compeft_fl.results.trackers import PACKAGES as TRACKERS
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import printable
-from compeft_fl.reduction import AUTO
+from compeft_fl.reduction.rules import AUTO
 
 __all__ = ["Key", "Scalar", "checked", "json_object", "key", "shown", "suggestion"]
 

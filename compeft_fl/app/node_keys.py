@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from compeft_fl.adapters.lora_ranks import lora_settings
 from compeft_fl.app.config_values import json_object, shown
 from compeft_fl.errors import CompeftError, ConfigError, ParameterError
-from compeft_fl.ranks import check_rank
-from compeft_fl.rates import Rate
+from compeft_fl.parts.ranks import check_rank
+from compeft_fl.reduction.rates import Rate
 
 if TYPE_CHECKING:
     from compeft_fl.app.config import AppConfig
@@ -124,7 +124,7 @@ def link_of(config: AppConfig, node_config: Mapping[str, Any]) -> float | None:
 
 
 def tensor_rules(config: AppConfig) -> dict[str, str]:
-    """What is not trained, for `compeft_fl.tensor_policy.TensorPolicy`."""
+    """What is not trained, for `compeft_fl.parts.tensor_policy.TensorPolicy`."""
     return dict.fromkeys(_STAYS, "left") if config.trainable == "B" else {}
 
 

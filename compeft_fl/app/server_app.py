@@ -23,12 +23,12 @@ from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
 from compeft_fl.app.node_keys import ranks_of, tensor_rules, tiers_of
 from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state
+from compeft_fl.parts.tensor_policy import LEFT, TensorPolicy
 from compeft_fl.results.journal import PROGRESS_FILE, Journal
 from compeft_fl.results.report import TASK_MARK
 from compeft_fl.results.trackers import Trackers, check_installed
 from compeft_fl.server.checkpoint import alone_in
 from compeft_fl.server.downlink_options import DENSITY, FEW
-from compeft_fl.tensor_policy import LEFT, TensorPolicy
 
 if TYPE_CHECKING:
     from compeft_fl.app.evaluation import Harness

@@ -24,7 +24,7 @@ from compeft_fl.exchange.node_state import NOTHING, NodeState
 from compeft_fl.exchange.protocol import UNKNOWN, Offer, follow
 from compeft_fl.exchange.replica import Replica, Shipment
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY, ErrorFeedback
-from compeft_fl.reduction import ENERGY, Reduction
+from compeft_fl.reduction.rules import ENERGY, Reduction
 from compeft_fl.server.server_step import ServerStep
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector

@@ -22,7 +22,7 @@ from compeft_fl.bench import few_report as report
 from compeft_fl.bench.federation import Setting
 from compeft_fl.bench.sweep import Job, seeds_of, show_jobs
 from compeft_fl.errors import CompeftError
-from compeft_fl.reduction import AUTO
+from compeft_fl.reduction.rules import AUTO
 from compeft_fl.server.downlink_options import DENSITY_FEW
 
 __all__ = ["jobs_of", "run", "settings"]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import compeft_fl as cf
-from compeft_fl.ablations import VARIANTS, ablate
 from compeft_fl.app.config import parse_assignment
 from compeft_fl.bench import paper_report
 from compeft_fl.bench.paper_experts import (
@@ -30,6 +29,7 @@ from compeft_fl.bench.paper_experts import (
 from compeft_fl.bench.paper_pieces import Piece, chosen, measure
 from compeft_fl.codecs.base import Update
 from compeft_fl.errors import CompeftError, ParameterError
+from compeft_fl.reduction.ablations import VARIANTS, ablate
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.tuning import DENSITIES, tune
 

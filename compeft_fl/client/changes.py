@@ -15,8 +15,8 @@ from compeft_fl.errors import LayoutError, NonFiniteError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.records import array_records, find_update, to_state
 from compeft_fl.merging.carried import same
+from compeft_fl.parts.tensor_policy import LEFT, TensorPolicy
 from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.tensor_policy import LEFT, TensorPolicy
 
 __all__ = ["Changes", "Received", "changes_in"]
 

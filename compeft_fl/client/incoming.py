@@ -22,9 +22,9 @@ from compeft_fl.exchange.records import (
     to_arrays,
     unflatten,
 )
-from compeft_fl.ranks import check_rank
+from compeft_fl.parts.ranks import check_rank
+from compeft_fl.parts.tensor_policy import TensorPolicy
 from compeft_fl.task_vector import TaskVector
-from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import decode_parts, inspect
 
 __all__ = [

@@ -59,12 +59,12 @@ from compeft_fl.exchange.records import (
 )
 from compeft_fl.exchange.replica import Shipment
 from compeft_fl.exchange.uplink import AT_RISK, RESIDUAL_DECAY, ErrorFeedback, check_decay, within
-from compeft_fl.quality import Quality
-from compeft_fl.ranks import check_rank
-from compeft_fl.rates import Rate
-from compeft_fl.reduction import AUTO, ENERGY, Reduction
+from compeft_fl.parts.ranks import check_rank
+from compeft_fl.parts.tensor_policy import TensorPolicy
+from compeft_fl.reduction.quality import Quality
+from compeft_fl.reduction.rates import Rate
+from compeft_fl.reduction.rules import AUTO, ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector, is_torch
-from compeft_fl.tensor_policy import TensorPolicy
 from compeft_fl.wire.messages import MAX_BODY_BYTES, RANK_KEY, encode_parts
 
 __all__ = ["CompressionMod"]
@@ -81,7 +81,7 @@ class CompressionMod:
     On the way in, Updates are replaced by an ordinary ArrayRecord (one Array per tensor); ordinary
     ArrayRecords, as stock strategies send them, stay as they are. On the way out of training, the
     reply's ArrayRecord is replaced by one Array with the Update of returned - received weights, and
-    one with the carried tensors that have changed, see `compeft_fl.tensor_policy.TensorPolicy`.
+    one with the carried tensors that have changed: `compeft_fl.parts.tensor_policy.TensorPolicy`.
     Arrays in replies to evaluate messages are left out, with a line in the log. Replies to other
     messages, error replies and replies without arrays are not touched.
 
@@ -94,7 +94,7 @@ class CompressionMod:
     ----------
     density : float or "auto"
         In (0, 1]: the greatest share of parameters that is sent. "auto": as much as keeps a share
-        of the energy, in the cheapest form, see `compeft_fl.reduction`.
+        of the energy, in the cheapest form, see `compeft_fl.reduction.rules`.
     energy : float
         In (0, 1): that share; more in the first rounds, and by a node that is seldom asked.
     scale : "mean", "norm" or float

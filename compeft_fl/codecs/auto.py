@@ -80,7 +80,7 @@ def codec_of(update: Update, codec: str) -> str:
     Examples
     --------
     >>> from compeft_fl import TaskVector
-    >>> from compeft_fl.factorize import factorize
+    >>> from compeft_fl.reduction.factorize import factorize
     >>> update = factorize(TaskVector.from_dict({"w": np.ones((4, 9), "f4")}))
     >>> codec_of(update, "golomb")
     'factored'

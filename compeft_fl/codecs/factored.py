@@ -1,7 +1,8 @@
 """Factored: outer products of small integers and signs, and ternary values beside them.
 
 For changes of low rank, as those of a LoRA are: of the same bytes more of their energy than ternary
-values keep. What to write is found by `compeft_fl.factorize`; here it becomes bytes, losslessly.
+values keep. What to write is found by `compeft_fl.reduction.factorize`; here it becomes bytes,
+losslessly.
 """
 
 from __future__ import annotations

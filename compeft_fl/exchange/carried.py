@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError, MalformedError, NonFiniteError, ResyncError
 from compeft_fl.merging.carried import same
-from compeft_fl.ranks import AXES, leading, rank_axis
-from compeft_fl.tensor_policy import LEFT, TRAINED, TensorPolicy, is_variance
+from compeft_fl.parts.ranks import AXES, leading, rank_axis
+from compeft_fl.parts.tensor_policy import LEFT, TRAINED, TensorPolicy, is_variance
 
 __all__ = ["Apart", "Place", "Versions", "check_like", "follow_apart"]
 
@@ -168,7 +168,7 @@ class Apart:
         Raises
         ------
         LayoutError
-            See `compeft_fl.ranks.rank_axis`.
+            See `compeft_fl.parts.ranks.rank_axis`.
         """
         values = {}
         for name, value in self.values.items():

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.exchange.replica import Shipment, digest_of, start_parts
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, encode, encode_parts, inspect

@@ -38,7 +38,7 @@ from compeft_fl.exchange.replica import (
     on_cpu,
 )
 from compeft_fl.factored import FactoredVector
-from compeft_fl.reduction import AUTO, ENERGY, Reduction
+from compeft_fl.reduction.rules import AUTO, ENERGY, Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, decode_parts, encode, encode_parts

@@ -26,7 +26,7 @@ from compeft_fl.disk.atomic import PRIVATE_FOLDER, locked, replacing
 from compeft_fl.errors import CompeftError, StateError
 from compeft_fl.exchange.carried import Apart
 from compeft_fl.exchange.replica import Replica
-from compeft_fl.ranks import MAX_RANK
+from compeft_fl.parts.ranks import MAX_RANK
 from compeft_fl.task_vector import Layout, TensorSpec
 
 __all__ = [
@@ -68,7 +68,8 @@ class NodeState:
     apart : Apart or None
         The tensors beside the task vector, at their version; None: there are none.
     rank : int
-        Of the adapter, where it is a part of the server's (`compeft_fl.ranks`); 0: it is all of it.
+        Of the adapter, where it is a part of the server's (`compeft_fl.parts.ranks`); 0: all of
+        it.
     """
 
     layout: Layout | None = None

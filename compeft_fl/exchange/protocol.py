@@ -21,7 +21,7 @@ from compeft_fl.errors import CompeftError, ResyncError, WireError
 from compeft_fl.exchange.grid import Grid
 from compeft_fl.exchange.node_state import NO_UPDATE, NOTHING, NodeState
 from compeft_fl.exchange.replica import MAX_DELTAS, Replica, Shipment
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.wire.messages import inspect
 from compeft_fl.wire.opening import parse
@@ -62,8 +62,8 @@ class Offer:
     last : bool
         The federation ends with this message, and nobody can go on with it.
     rank : int
-        The rank for which adapter and digest are cut (`compeft_fl.ranks`); 0: they are whole, and
-        the server takes other ranks; `NOTHING`: it takes whole adapters only.
+        The rank for which adapter and digest are cut (`compeft_fl.parts.ranks`); 0: they are whole,
+        and the server takes other ranks; `NOTHING`: it takes whole adapters only.
     density : float
         What the node's update is to have at most; 0: the node decides.
     bits : int

@@ -26,9 +26,9 @@ from compeft_fl.errors import LayoutError, MalformedError, ParameterError
 from compeft_fl.exchange.node_state import NOTHING
 from compeft_fl.exchange.protocol import UPDATE_ID_BYTES, Answer, Offer
 from compeft_fl.exchange.replica import Shipment
+from compeft_fl.parts.ranks import check_rank
 from compeft_fl.printable import PrintableFilter, one_line, quoted
-from compeft_fl.ranks import check_rank
-from compeft_fl.rates import Rate
+from compeft_fl.reduction.rates import Rate
 from compeft_fl.task_vector import MAX_DIMENSIONS, TaskVector
 from compeft_fl.wire.messages import STYPE
 

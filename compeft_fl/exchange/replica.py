@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compeft_fl.errors import VersionError, WireError
 from compeft_fl.factored import FactoredVector
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode, inspect

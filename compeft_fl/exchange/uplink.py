@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from compeft_fl.disk.arrays import release
 from compeft_fl.errors import LayoutError, ParameterError
 from compeft_fl.factored import FactoredVector
-from compeft_fl.quality import Quality
-from compeft_fl.rates import on_host_memory
-from compeft_fl.reduction import ENERGY, Reduction, quality_of
+from compeft_fl.reduction.quality import Quality
+from compeft_fl.reduction.rates import on_host_memory
+from compeft_fl.reduction.rules import ENERGY, Reduction, quality_of
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 

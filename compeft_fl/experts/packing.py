@@ -29,7 +29,7 @@ from compeft_fl.adapters.files import parse_update, tensors_of
 from compeft_fl.compeft import check_density
 from compeft_fl.errors import AdapterError, ParameterError
 from compeft_fl.experts.catch_up import grid_options, on_grid
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import TaskVector
 
 __all__ = ["GRID", "Packed", "StoredExpert", "packed"]

@@ -26,7 +26,7 @@ from compeft_fl.full.files import CARRIED_MAGIC, PARTS_MAGIC, write_part
 from compeft_fl.full.folders import Checkpoint, header
 from compeft_fl.full.matching import Plan, rows_name
 from compeft_fl.kernels import cpu_pieces
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.layouts import part_layout

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import ParameterError
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.task_vector import TaskVector
 
 __all__ = ["Coverage"]

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl.errors import LayoutError
-from compeft_fl.ranks import AXES, rank_axis
+from compeft_fl.parts.ranks import AXES, rank_axis
 from compeft_fl.task_vector import Layout, TaskVector, is_torch
 
 __all__ = ["ProductMean", "best_product", "factors_near"]
@@ -126,7 +126,7 @@ class ProductMean:
     base : TaskVector
         The adapter that the round's updates are relative to.
     axes : mapping of str to int
-        Which axis of a tensor is the rank, see `compeft_fl.ranks`.
+        Which axis of a tensor is the rank, see `compeft_fl.parts.ranks`.
 
     Raises
     ------

@@ -14,10 +14,10 @@ from compeft_fl.errors import LayoutError, NonFiniteError, WireError
 from compeft_fl.exchange.carried import Apart, check_like
 from compeft_fl.exchange.records import to_arrays, to_state
 from compeft_fl.merging.carried import CarriedAverage
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
+from compeft_fl.parts.tensor_policy import TensorPolicy, is_variance
 from compeft_fl.server.mixed_ranks import check_stated, stated_rank
 from compeft_fl.task_vector import Layout, TaskVector
-from compeft_fl.tensor_policy import TensorPolicy, is_variance
 from compeft_fl.ternary import TernaryVector
 from compeft_fl.wire.messages import decode_parts
 

@@ -28,8 +28,9 @@ from compeft_fl.exchange.records import (
     find_offer,
 )
 from compeft_fl.exchange.replica import Shipment
-from compeft_fl.ranks import AXES, Cut
-from compeft_fl.rates import Rate
+from compeft_fl.parts.ranks import AXES, Cut
+from compeft_fl.parts.tensor_policy import TensorPolicy
+from compeft_fl.reduction.rates import Rate
 from compeft_fl.server.base import Base
 from compeft_fl.server.contents import Contents, Need, own_records
 from compeft_fl.server.downlink_options import (
@@ -43,7 +44,6 @@ from compeft_fl.server.nodes import Node, NodeTable
 from compeft_fl.server.observer import RoundObserver
 from compeft_fl.server.transfers import Transfers
 from compeft_fl.server.upload_budget import UploadBudget
-from compeft_fl.tensor_policy import TensorPolicy
 
 __all__ = ["Broadcaster"]
 

@@ -18,7 +18,7 @@ from compeft_fl.exchange.records import (
     update_record,
 )
 from compeft_fl.exchange.replica import Shipment
-from compeft_fl.rates import Rate
+from compeft_fl.reduction.rates import Rate
 from compeft_fl.server.base import Base
 from compeft_fl.wire.messages import encode_parts
 

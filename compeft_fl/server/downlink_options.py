@@ -10,7 +10,7 @@ from compeft_fl.errors import ParameterError
 from compeft_fl.exchange.downlink import Downlink, distance
 from compeft_fl.exchange.records import LOGGER
 from compeft_fl.exchange.uplink import AT_RISK
-from compeft_fl.reduction import AUTO, DOWN_ENERGY
+from compeft_fl.reduction.rules import AUTO, DOWN_ENERGY
 from compeft_fl.server.base import Base
 from compeft_fl.task_vector import TaskVector
 

@@ -14,7 +14,7 @@ from compeft_fl.exchange.records import LOGGER
 from compeft_fl.merging.accumulators import Average
 from compeft_fl.merging.coverage import Coverage
 from compeft_fl.merging.products import ProductMean
-from compeft_fl.ranks import AXES, Cut, check_rank, rank_axis, rank_of
+from compeft_fl.parts.ranks import AXES, Cut, check_rank, rank_axis, rank_of
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import RANK_KEY, inspect
 

@@ -25,7 +25,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from compeft_fl.errors import CompeftError
 from compeft_fl.exchange.records import LOGGER, metric_records
 from compeft_fl.merging.majority import Agreement, SignMajority
-from compeft_fl.ranks import Cut
+from compeft_fl.parts.ranks import Cut
 from compeft_fl.server.intake import Reply
 from compeft_fl.server.sign_agreement import SignAgreementFilter
 from compeft_fl.server.streaming_grid import name_nodes

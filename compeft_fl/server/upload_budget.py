@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import Final
 
 from compeft_fl.errors import ParameterError
-from compeft_fl.rates import Rate
+from compeft_fl.reduction.rates import Rate
 
 __all__ = ["TIERS", "LinkTimes", "UploadBudget"]
 

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 STYPE = "compeft_fl.wire.v1.Update"  # names the bytes, in Flower's Array.stype
-RANK_KEY = "rank"  # in the metadata of an update of a lower rank; see compeft_fl.ranks
+RANK_KEY = "rank"  # in the metadata of an update of a lower rank; see compeft_fl.parts.ranks
 MAX_BODY_BYTES = 512 << 20  # a body that could be larger is cut into parts
 
 

@@ -10,7 +10,7 @@ from compeft_fl import codecs
 from compeft_fl.bench.peers.base import Floats, PeerCodec, Reader
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.compeft import compress
-from compeft_fl.factorize import factorize
+from compeft_fl.reduction.factorize import factorize
 from compeft_fl.task_vector import Layout, TaskVector
 from compeft_fl.wire.messages import MAX_BODY_BYTES, decode, decode_parts, encode, encode_parts
 

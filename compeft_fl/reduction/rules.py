@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from compeft_fl.compeft import check_density, check_scale, check_support, compress
 from compeft_fl.errors import ParameterError
 from compeft_fl.factored import LOWEST, FactoredVector
-from compeft_fl.factorize import check_energy, factorize, keep_energy
-from compeft_fl.quality import Quality
-from compeft_fl.rates import Rate, on_host_memory, rounded_to
+from compeft_fl.reduction.factorize import check_energy, factorize, keep_energy
+from compeft_fl.reduction.quality import Quality
+from compeft_fl.reduction.rates import Rate, on_host_memory, rounded_to
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
@@ -56,20 +56,20 @@ class Reduction:
     ----------
     density : float or "auto"
         In (0, 1]: the greatest share of parameters that is sent. "auto": whatever keeps a share of
-        the energy, in the cheapest of three forms, see `compeft_fl.factorize.keep_energy`.
+        the energy, in the cheapest of three forms: `compeft_fl.reduction.factorize.keep_energy`.
     scale : "norm", "mean" or float
     support : "best" or "fixed"
         See `compeft_fl.compress`.
     factored : bool
         Low-rank signs in the bits that ternary values of that density take, see
-        `compeft_fl.factorize.factorize`.
+        `compeft_fl.reduction.factorize.factorize`.
     energy : float
         In (0, 1): the least share of the energy that "auto" keeps.
     low_rank : bool
         Whether "auto" may take low-rank signs.
     bits : int
         2 .. 16: multiples of a power of two, of so many bits a parameter, see
-        `compeft_fl.rates.rounded_to`. 0: one of the forms above.
+        `compeft_fl.reduction.rates.rounded_to`. 0: one of the forms above.
 
     Raises
     ------

@@ -30,7 +30,7 @@ from compeft_fl.factored import (
     Terms,
     shapes_of,
 )
-from compeft_fl.quality import Quality
+from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import TaskVector, is_torch
 from compeft_fl.ternary import TernaryVector
 

@@ -1,0 +1,1 @@
+"""Parts of adapters: tensors by what they are for, and lower ranks as parts of one."""
