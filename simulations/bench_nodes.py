@@ -66,7 +66,7 @@ LARGER = {"peft": {"r": 32, "lora_alpha": 64, "target_modules": "query,key,value
 RUNS: dict[str, dict[str, Any]] = {
     "all at 8": {},
     "2, 4, 8": {"ranks": "2,4,8"},
-    "2, 4, 8 by products": {"ranks": "2,4,8", "rank_merge": "product"},
+    "2, 4, 8 by cover": {"ranks": "2,4,8", "rank_merge": "cover"},
     "all at 8 by products": {"ranks": "8", "rank_merge": "product"},
     "all at 2": {"peft": {"r": 2, "lora_alpha": 4}},
     "B alone": {"trainable": "B"},

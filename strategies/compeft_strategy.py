@@ -134,12 +134,9 @@ class ComPEFTStrategy(FedAvg):
     ) -> None:
         super().__init__(**options)
         self._step = ServerStep(server_learning_rate, server_momentum)
-        self.ranks, self.upload = MixedRanks.of(ranks), UploadBudget.of(upload)
-        if self.ranks is not None and self.ranks.merge not in self._rank_merges:
-            raise ParameterError(
-                f"expected ranks merged by {' or '.join(self._rank_merges)} in "
-                f"{type(self).__name__}, found {self.ranks.merge!r}"
-            )
+        mixed = MixedRanks.of(ranks)
+        self.ranks = None if mixed is None else mixed.merged_as(self._rank_merges)
+        self.upload = UploadBudget.of(upload)
         self.robustness = robustness
         self.bounds = ReplyBounds() if bounds is None else bounds
         self.observer: RoundObserver = RoundCounts() if observer is None else observer

@@ -96,11 +96,13 @@ class Compressed(Strategy):
             )
         self.observer: RoundObserver = RoundCounts() if observer is None else observer
         mixed = MixedRanks.of(ranks)
-        if mixed is not None and (found is not inner or mixed.merge != "cover"):
-            raise ParameterError(
-                "expected ranks merged by cover, and no wrapper for differential privacy, around "
-                f"nodes of several ranks; found merge {mixed.merge!r} and {type(inner).__name__}"
-            )
+        if mixed is not None:
+            mixed = mixed.merged_as(("cover",))
+            if found is not inner:
+                raise ParameterError(
+                    "expected no wrapper for differential privacy around nodes of several ranks, "
+                    f"found {type(inner).__name__}"
+                )
         share = float(getattr(found, "fraction_train", 1.0))
         options = (downlink or DownlinkOptions()).among(share)
         self._broadcaster = Broadcaster(

@@ -150,7 +150,7 @@ def test_the_configuration_of_a_rank():
 # --- federations -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", [{}, {"trainable": "B"}, {"rank_merge": "product"}])
+@pytest.mark.parametrize("keys", [{}, {"trainable": "B"}, {"rank_merge": "cover"}])
 def test_ranks_by_tier_in_one_federation(tiny_config, tmp_path, keys):
     import torch
     from peft import PeftModel

@@ -217,7 +217,7 @@ WEIGHTS = np.array([[tiny.num_examples(node)] for node in NODES], float)
 
 
 def test_an_entry_moves_by_the_mean_over_the_nodes_that_have_it():
-    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, least_cover=0.0))
+    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, merge="cover", least_cover=0.0))
     changes, covers = trained()
     expected = (WEIGHTS * changes).sum(0) / (WEIGHTS * covers).sum(0)
     np.testing.assert_allclose(moved_in_one_round(strategy), expected, atol=1e-6)
@@ -254,7 +254,7 @@ def test_flower_s_own_strategies_see_whole_adapters(inner):
 
 
 def test_products_are_averaged_and_brought_back_to_the_rank():
-    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, merge="product", least_cover=0.0))
+    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, least_cover=0.0))
     moved = TaskVector(WHOLE, moved_in_one_round(strategy)).apply(tiny.adapter())
     changes, covers = trained()
     dense = np.zeros((24, 24))
@@ -395,7 +395,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_round():
             MixedRanks(ranks)
     with pytest.raises(ParameterError, match="least_cover"):
         MixedRanks(RANKS, least_cover=2.0)
-    with pytest.raises(ParameterError, match="merge among cover, product"):
+    with pytest.raises(ParameterError, match="merge among auto, cover, product"):
         MixedRanks(RANKS, merge="svd")
     with pytest.raises(ParameterError, match="expected a rank"):
         CompressionMod(rank=0)
@@ -441,7 +441,7 @@ def test_one_hostile_node_of_any_rank_is_set_aside(robustness):
 
 
 def test_a_single_node_of_the_highest_rank_does_not_move_its_entries_all_the_way():
-    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, least_cover=0.5))
+    strategy = ComPEFTAverage(ranks=MixedRanks(RANKS, merge="cover", least_cover=0.5))
     ranks = (1, 1, 4)
     moved = moved_in_one_round(strategy, ranks)
     changes, covers = trained(ranks)

@@ -151,9 +151,10 @@ class AppConfig:
         "", "ranks of nodes by tier, as 2,4,8, the largest of them peft.r; empty: all have peft.r"
     )
     rank_merge: str = _key(
-        "cover",
-        "how ranks merge: an entry by the nodes that have it, or the products B A by an SVD",
-        choices=("cover", "product"),
+        "auto",
+        "how ranks merge: an entry by the nodes that have it (cover), or the products B A by an "
+        "SVD; auto: products where strategy=average",
+        choices=("auto", "cover", "product"),
     )
 
     learning_rate: float = _key(5e-3, "AdamW's learning rate", above=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MERGES", "MixedRanks", "RankMerge", "check_stated", "filled", "stated_rank"]
 
-MERGES: Final = ("cover", "product")
+MERGES: Final = ("auto", "cover", "product")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class MixedRanks:
     ----------
     ranks : sequence of int
         A node that states another is refused; one that states none has the whole adapter.
-    merge : {"cover", "product"}
+    merge : {"auto", "cover", "product"}
         "cover": an entry moves by the mean over the nodes that have it. "product": the products
         B A are averaged, and brought back to the server's rank by a singular value decomposition.
+        "auto": products where the strategy averages, and trains LoRA's A and B of linear maps;
+        else cover.
     least_cover : float
         In [0, 1]: an entry counts as covered by at least this share of a round's weight, so that
         one that a single node has does not move all that way.
@@ -67,7 +69,7 @@ class MixedRanks:
     """
 
     ranks: Sequence[int]
-    merge: str = "cover"
+    merge: str = "auto"
     least_cover: float = 0.2
     axes: Mapping[str, int] = field(default_factory=lambda: AXES)
 
@@ -94,6 +96,22 @@ class MixedRanks:
         if given is None or isinstance(given, MixedRanks):
             return given
         return cls(given)
+
+    def merged_as(self, merges: Sequence[str]) -> MixedRanks:
+        """The setting of a strategy that can merge in these ways alone.
+
+        Raises
+        ------
+        ParameterError
+            The merge that was asked for is none of them.
+        """
+        if self.merge == "auto" and "product" not in merges:
+            return replace(self, merge="cover")
+        if self.merge not in ("auto", *merges):
+            raise ParameterError(
+                f"expected ranks merged by {' or '.join(merges)}, found {self.merge!r}"
+            )
+        return self
 
     def describe(self) -> str:
         """The setting, for the log."""
@@ -205,7 +223,13 @@ class RankMerge:
         """
         if ranks is None:
             return cls(Coverage(0.0), None, weighs_cover=False)
-        products = ProductMean(base.adapter, ranks.axes) if ranks.merge == "product" else None
+        products = None
+        if ranks.merge != "cover":
+            try:
+                products = ProductMean(base.adapter, ranks.axes)
+            except LayoutError:
+                if ranks.merge == "product":
+                    raise
         return cls(Coverage(ranks.least_cover), products, weighs_cover=weighs_cover)
 
     def add(self, found: Candidate) -> None:
