@@ -139,9 +139,9 @@ def test_a_new_head_and_another_shape_are_kept_as_they_are(tmp_path, capsys):
     write(tmp_path / "tuned", finetuned)
     assert main(["compress", str(tmp_path / "base"), str(tmp_path / "tuned"), "-o",
                  str(tmp_path / "x")]) == 0  # fmt: skip
-    assert "kept as it is: score.weight, 2 x 16, which is 3 x 16 in the base" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "kept as it is: score.weight, 2 x 16, which is 3 x 16 in the base" in said
+    assert f"left out, because {tmp_path / 'tuned'} has none of that name: 'cls.weight'\n" in said
     again = restored(tmp_path / "x", tmp_path / "base", tmp_path / "again")
     assert set(again) == set(finetuned)
     for name in ("score.weight", "new.bias"):

@@ -297,13 +297,13 @@ def test_nodes_without_a_rank_have_all_of_it():
 
 
 def test_personal_tensors_with_a_rank_are_cut_and_carried_ones_refused():
-    left = {"q.lora_A": "left"}
-    strategy = ComPEFTAverage(ranks=RANKS, tensors=left)
-    result = start(strategy, mixed_grid(), 3)
+    strategy = ComPEFTAverage(ranks=RANKS, tensors=(left := {"q.lora_A": "left"}))
+    arrays = start(strategy, mixed_grid(), 3).arrays
     assert strategy.observer.train[3].replies == 3, strategy.observer.train[3].set_aside
-    np.testing.assert_array_equal(
-        tiny.state_of(result.arrays)["q.lora_A"], tiny.adapter()["q.lora_A"]
-    )
+    np.testing.assert_array_equal(tiny.state_of(arrays)["q.lora_A"], tiny.adapter()["q.lora_A"])
+    product = MixedRanks(RANKS, merge="product")  # "auto" does without
+    with pytest.raises(LayoutError, match="none to multiply"):
+        start(ComPEFTAverage(ranks=product, tensors=left), mixed_grid(), 1)
     with pytest.raises(LayoutError, match="to be trained or left"):
         start(ComPEFTAverage(ranks=RANKS, tensors={"q.lora_A": "carried"}), mixed_grid(), 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -134,13 +134,19 @@ def _compared(name: str, experts: list[dict[str, Any]]) -> str:
 def _by_task(experts: list[dict[str, Any]]) -> list[str]:
     lines = ["### Tables 6 and 8 to 16: by task", ""]
     lines += _head(*_COMPARED, "k, alpha by seed")
+    for method, task, some in _kinds(experts):
+        line = _compared(f"{Path(task).stem}, {method}", some)
+        lines.append(f"{line} {_chosen(some)} |")
+    return [*lines, ""]
+
+
+def _kinds(experts: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Experts of one method and task, all seeds."""
     for method in methods(experts):
         for task in dict.fromkeys(one["task"] for one in experts):
             some = [one for one in experts if (one["task"], one["method"]) == (task, method)]
             if some:
-                line = _compared(f"{Path(task).stem}, {method}", some)
-                lines.append(f"{line} {_chosen(some)} |")
-    return [*lines, ""]
+                yield method, task, some
 
 
 def _chosen(experts: list[dict[str, Any]]) -> str:
@@ -208,12 +214,9 @@ def _language(experts: list[dict[str, Any]]) -> list[str]:
     lines += [_row(*row) for row in TABLE_1]
     lines += ["", "By kind:", ""]
     lines += _head(*heads, "k, alpha by seed")
-    for method in methods(experts):
-        for task in dict.fromkeys(one["task"] for one in experts):
-            some = [one for one in experts if (one["task"], one["method"]) == (task, method)]
-            if some:
-                line = _compared(f"{task.partition(':')[2]}, {method}", some)
-                lines.append(f"{line} {_losses(some)} | {_chosen(some)} |")
+    for method, task, some in _kinds(experts):
+        line = _compared(f"{task.partition(':')[2]}, {method}", some)
+        lines.append(f"{line} {_losses(some)} | {_chosen(some)} |")
     return [*lines, ""]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from compeft_fl.full import (
     restore_checkpoint,
 )
 from compeft_fl.merging.accumulators import Accumulator, Average, TaskArithmetic, Ties
+from compeft_fl.printable import quoted
 from compeft_fl.ternary import TernaryVector
 
 __all__ = ["compress", "decompress", "inspect", "merge"]
@@ -63,8 +64,16 @@ def compress(options: argparse.Namespace, density: float, scale: str | float, su
     for name, shape in made.plan.grown.items():
         rows = next(each.shape[0] for each in made.plan.layout.tensors if each.name == name)
         say(f"kept as they are: {shape[0] - rows:,} new rows of {name}, {_shape(shape)}")
+    if made.plan.missing:
+        names = ", ".join(map(quoted, made.plan.missing[:_NAMED]))
+        rest = len(made.plan.missing) - _NAMED
+        more = f" and {rest:,} more" if rest > 0 else ""
+        say(f"left out, because {finetuned.folder} has none of that name: {names}{more}")
     _print_summary([options.output], [read_checkpoint(options.output)], None)
     return 0
+
+
+_NAMED: Final = 3  # of the tensors that are left out
 
 
 def decompress(options: argparse.Namespace) -> int:

@@ -82,6 +82,8 @@ class Plan:
         The name of the tensor that each is a copy of, which comes before it.
     reshaped : list of str
         Those of ``carried`` that the base has in another shape.
+    missing : list of str
+        The base's tensors that the fine-tuned model has not.
     names : Names
     """
 
@@ -93,6 +95,7 @@ class Plan:
     as_base: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     reshaped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, base: Checkpoint, finetuned: Checkpoint) -> Plan:
@@ -143,9 +146,12 @@ class Plan:
                 f"{finetuned.folder} is no fine-tuning of {base.folder}: expected {quoted(first)} "
                 f"of shape {ours[first].shape} there, found {found}"
             )
+        missing = set(theirs) - {names.of(name, theirs) for name in ours}
+        if missing:  # the copy of another is in no file of its own
+            missing -= set(_tied(base.state))
         return cls(
             layout, plan.base_names, names, plan.grown, plan.carried, plan.as_base, tied,
-            plan.reshaped,
+            plan.reshaped, sorted(missing),
         )  # fmt: skip
 
 
