@@ -57,7 +57,8 @@ def test_a_store_under_load_fails_no_request_and_says_how_soon(tmp_path):
     with (tmp_path / "experts_store.csv").open(newline="") as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
     assert set(rows) == {
-        "push", "search", "search by tags", "search --like", "pull", "search, one client",
+        "push", "search", "search again", "search by tags", "search --like", "pull",
+        "search, one client",
     }  # fmt: skip
     assert rows["push"]["requests"] == "12"
     for row in rows.values():

@@ -135,8 +135,10 @@ import sys
 import flwr.app, flwr.clientapp, flwr.serverapp, flwr.serverapp.strategy
 before = set(sys.modules)
 import compeft_fl, compeft_fl.mod, compeft_fl.strategies
-import compeft_fl.adapters, compeft_fl.app.client_app
+import compeft_fl.adapters, compeft_fl.app.client_app, compeft_fl.cli.main
+import compeft_fl.experts.serving
 heavy = {"torch", "transformers", "peft", "matplotlib", "rich", "datasets", "pandas", "ray"}
+heavy |= {"numba", "scipy"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

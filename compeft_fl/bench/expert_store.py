@@ -13,9 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,7 +94,10 @@ def measure_store(
     experts: int = 10_000, clients: int = 16, seconds: float = 15.0,
     say: Callable[[str], object] = print,
 ) -> StoreFigures:  # fmt: skip
-    """Fill a store over gRPC, then search it, search by similarity, list, and pull from it.
+    """Fill a store over gRPC, then search it by words, tags and similarity, and pull from it.
+
+    Searches by words come twice: such as nobody has asked before, so that the store keeps no
+    answer, and ("search again") the same 56 over and over.
 
     Parameters
     ----------
@@ -113,6 +117,7 @@ def measure_store(
             loads = []
             for what, count, until in (
                 ("push", clients, 0.0), ("search", clients, seconds),
+                ("search again", clients, seconds),
                 ("search by tags", clients, seconds), ("search --like", clients, seconds),
                 ("pull", clients, seconds), ("search, one client", 1, seconds),
             ):  # fmt: skip
@@ -184,9 +189,10 @@ def _client_process(
             client.list(limit=1)  # connected before it counts
             end = time.perf_counter() + seconds
             for turn in turns if turns is not None else _until(end):
+                request = ask(turn)
                 began = time.perf_counter()
                 try:
-                    ask(turn)
+                    request()
                 except CompeftError:
                     failed[thread] += 1
                 found[thread].append(time.perf_counter() - began)
@@ -211,22 +217,34 @@ def _until(end: float) -> Iterator[int]:
 
 def _requests(
     what: str, client: ExpertClient, rng: np.random.Generator, experts: int
-) -> Callable[[int], object]:
-    """What a client asks in its n-th turn."""
+) -> Callable[[int], Callable[[], object]]:
+    """What a client asks in its n-th turn; what it asks with is ready before the clock runs."""
 
     def name() -> str:
         return _name(int(rng.integers(experts)))
 
     if what == "push":
         make = _maker(rng)
-        return lambda turn: client.push(make(), _name(turn), tags=_tags(turn))
+        return lambda turn: partial(client.push, make(), _name(turn), tags=_tags(turn))
     if what == "pull":
-        return lambda turn: client.pull(name())
+        return lambda turn: partial(client.pull, name())
     if what == "search by tags":
-        return lambda turn: client.search(tags={"language": str(rng.choice(_LANGUAGES))})
+        return lambda turn: partial(client.search, tags={"language": _any(rng, _LANGUAGES)})
     if what == "search --like":
-        return lambda turn: client.search(like=name())
-    return lambda turn: client.search(str(rng.choice(_WORDS)).replace("-", " "))
+        return lambda turn: partial(client.search, like=name())
+    if what == "search again":
+        return lambda turn: partial(client.search, _any(rng, _WORDS).replace("-", " "))
+    return lambda turn: partial(client.search, _new(rng, _any(rng, _WORDS).replace("-", " ")))
+
+
+def _any(rng: np.random.Generator, texts: Sequence[str]) -> str:
+    return texts[int(rng.integers(len(texts)))]
+
+
+def _new(rng: np.random.Generator, words: str) -> str:
+    """The same words in capitals and small letters as never before: no answer is there already."""
+    turns = int(rng.integers(1 << len(words)))
+    return "".join(c.upper() if turns >> i & 1 else c for i, c in enumerate(words))
 
 
 def _name(turn: int) -> str:

@@ -158,8 +158,11 @@ def store(out: Path, command: str, experts: int, seconds: float, clients: int = 
         f"two alike. The index takes {figures.index_bytes / 1e6:.1f} MB ({each:,.0f} bytes an "
         f"expert), the files {figures.blob_bytes / 1e6:.1f} MB, the server's process "
         f"{figures.memory / 1e6:.0f} MB at the end. Clients are in four processes of the same "
-        "machine, each thread with a connection of its own, and ask again at once; a push counts "
-        "the client's own hashing, a pull what is kept of it in a cache that holds next to nothing."
+        "machine, each thread with a connection of its own, and ask again at once. A search asks "
+        "what nobody has asked before (two words, capitals and small letters as never before; some "
+        "180 experts have both), so that the store keeps no answer; search again: one of 56 "
+        "questions. A push counts the client's own hashing, not the making of the file; a pull "
+        "what is kept of it in a cache that holds next to nothing."
     )
     results.write_markdown(out / "experts_store.md", command, heads, table, notes)
     results.show_table(f"a store of {figures.experts:,} experts", heads, table)

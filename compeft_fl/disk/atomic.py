@@ -16,7 +16,7 @@ PRIVATE_FOLDER: Final = 0o700
 
 
 @contextlib.contextmanager
-def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
+def replacing(file: Path, *, private: bool = False, synced: bool = True) -> Iterator[Path]:
     """A name beside the file to write to; it takes the file's place when all went well.
 
     What was written is on the disk before the name changes, and the new name before this returns.
@@ -26,6 +26,9 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
     file : Path
     private : bool
         For its owner only, at every moment.
+    synced : bool
+        False: the disk need not have it yet. After a power cut the name may stand for other bytes,
+        which is for files whose readers find that out.
 
     Raises
     ------
@@ -47,12 +50,15 @@ def replacing(file: Path, *, private: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE))
         yield temporary
-        _sync(temporary, os.O_RDWR)
+        if synced:
+            _sync(temporary, os.O_RDWR)
         temporary.replace(file)
-        _sync(file.parent, os.O_RDONLY)
-    finally:
+        if synced:
+            _sync(file.parent, os.O_RDONLY)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ class Blobs:
         Is made, for its owner only.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, synced: bool = True) -> None:
+        self._synced = synced
         self._blobs, self._partial = folder / "blobs", folder / "partial"
         for each in (folder, self._blobs, self._partial):
             each.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
@@ -64,6 +65,17 @@ class Blobs:
     def partials(self) -> list[Path]:
         """All that has arrived in part."""
         return sorted(self._partial.iterdir())
+
+    def used(self) -> list[tuple[int, int, str]]:
+        """When each blob was last used, its bytes and its digest; the one used last is last."""
+        found = []
+        with os.scandir(self._blobs) as entries:
+            for entry in entries:
+                if len(entry.name) == 64:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        found.append((status.st_mtime_ns, status.st_size, entry.name))
+        return sorted(found)
 
     def __contains__(self, digest: str) -> bool:
         return self.path(digest).is_file()
@@ -132,7 +144,7 @@ class Blobs:
                 f"expected bytes of the digest {digest[:12]}..., found {found[:12]}...: nothing of "
                 "them is kept"
             )
-        with replacing(self.path(digest), private=True) as temporary:
+        with replacing(self.path(digest), private=True, synced=self._synced) as temporary:
             partial.replace(temporary)
         return self.path(digest)
 
@@ -140,7 +152,7 @@ class Blobs:
         """Keep some bytes, and return their digest."""
         digest = hashlib.sha256(content).hexdigest()
         if digest not in self:
-            with replacing(self.path(digest), private=True) as temporary:
+            with replacing(self.path(digest), private=True, synced=self._synced) as temporary:
                 temporary.write_bytes(content)
         return digest
 

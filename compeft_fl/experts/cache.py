@@ -92,7 +92,8 @@ class Cache:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self._max_bytes = folder, max_bytes
         with self._errors():
-            self._blobs = Blobs(folder)
+            # The disk may take its time: what a power cut leaves is compared with its digest.
+            self._blobs = Blobs(folder, synced=False)
             self._known, self._begun, self._locks = (
                 folder / each for each in ("known", "begun", "locks")
             )
@@ -192,13 +193,9 @@ class Cache:
     def _evict(self, newest: str) -> None:
         """Remove the files used longest ago, until all are within the bound."""
         with locked(self._locks / ".evict"):
-            found = []
-            for digest in self._blobs:
-                with contextlib.suppress(FileNotFoundError):
-                    status = self._blobs.path(digest).stat()
-                    found.append((status.st_mtime_ns, status.st_size, digest))
+            found = self._blobs.used()
             total = sum(size for _, size, _ in found)
-            for _, size, digest in sorted(found):
+            for _, size, digest in found:
                 if total <= self._max_bytes:
                     break
                 if digest != newest:
@@ -210,7 +207,7 @@ class Cache:
         file = self._file(server, expert.name, self._begun)
         with self._errors():
             file.parent.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
-            with locked(self._locks / ".known"), replacing(file) as temporary:
+            with locked(self._locks / ".known"), replacing(file, synced=False) as temporary:
                 temporary.write_text(expert.digest, encoding="ascii")
 
     def begun(self, server: str, name: str) -> tuple[str, int]:
@@ -247,7 +244,7 @@ class Cache:
                 kept = sorted(versions.values(), key=lambda each: -each.version)[:_KEPT_VERSIONS]
                 last = expert.version if newest else known[0]
                 entries = [dataclasses.asdict(each) for each in kept]
-                with replacing(file) as temporary:
+                with replacing(file, synced=False) as temporary:
                     text = json.dumps({"newest": last, "versions": entries})
                     temporary.write_text(text, encoding="utf-8")
 

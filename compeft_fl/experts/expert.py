@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ class Expert:
         """What ``--json`` prints, and what a cache keeps."""
         return dataclasses.asdict(self)
 
+    @functools.cached_property
+    def listed(self) -> Any:
+        """The protobuf message that lists have, without the configuration; made once."""
+        return _message(self, "")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -104,6 +110,12 @@ class Found:
 
 def to_message(expert: Expert, *, config: bool = True) -> Any:
     """An expert as the protobuf message; without its configuration for lists."""
+    if not config:
+        return expert.listed
+    return _message(expert, json.dumps(expert.config, ensure_ascii=False))
+
+
+def _message(expert: Expert, config: str) -> Any:
     return experts_pb2.Expert(
         name=expert.name,
         version=expert.version,
@@ -111,7 +123,7 @@ def to_message(expert: Expert, *, config: bool = True) -> Any:
         size=expert.size,
         base_model=expert.base_model,
         base_digest=expert.base_digest,
-        config=json.dumps(expert.config, ensure_ascii=False) if config else "",
+        config=config,
         tags=expert.tags,
         metrics=expert.metrics,
         created_ms=round(1000 * expert.created),

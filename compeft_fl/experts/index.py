@@ -12,28 +12,30 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compeft_fl.errors import ExpertError, StoreFullError, UnknownExpertError
+from compeft_fl.errors import ExpertError, UnknownExpertError
+from compeft_fl.experts.connections import Connections
 from compeft_fl.experts.expert import Expert
 from compeft_fl.experts.names import Reference
-from compeft_fl.experts.sketches import SIZE, bits, cosines
+from compeft_fl.experts.shown import Shown
+from compeft_fl.experts.sketches import SIZE, bits, cosines, distances
 
 __all__ = ["Index"]
 
 _FORMAT: Final = 2
-_BUSY_SECONDS: Final = 30.0
 _WORD: Final = re.compile(r"\w+")
 _MAX_WORDS: Final = 16
 _NEAREST: Final = 100  # by the signs of their sketches; these are compared by all of them
 _AT_A_TIME: Final = 500  # rows of one question
 _MAX_LAYOUTS: Final = 64  # whose versions' signs are kept in memory, 256 bytes each
-_MAPPED: Final = 1 << 30  # bytes of the file that all threads read in one place
+_MAX_ANSWERS: Final = 1000  # to searches, that are kept: rows of some kilobytes at most
+_TRIES: Final = 3  # of a search while versions are deleted
 _SCHEMA: Final = """
 CREATE TABLE names (
     id INTEGER PRIMARY KEY,
@@ -97,15 +99,15 @@ class Index:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._local = threading.local()
-        self._open: list[sqlite3.Connection] = []
+        self._connections = Connections(file)
+        self._rows = self._connections.rows
         self._lock = threading.Lock()
         self._likes: dict[str, tuple[int, NDArray[np.int64], NDArray[np.uint64]]] = {}
+        self._answers: dict[tuple[str, tuple[str | int, ...]], tuple[int, list[int]]] = {}
+        self._shown = Shown(self._read)
         self._writes = 0
-        self._writing = threading.Lock()
-        with self._errors(), self._writing:
-            connection = self._connection()
+        self._last_row = 0
+        with self._connections.writer() as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             (found,) = connection.execute("PRAGMA user_version").fetchone()
             if found == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchall():
@@ -119,58 +121,16 @@ class Index:
 
     def close(self) -> None:
         """Close the connections of all threads."""
-        with self._lock:
-            for connection in self._open:
-                connection.close()
-            self._open.clear()
-
-    def _connection(self) -> sqlite3.Connection:
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = sqlite3.connect(
-                self._file, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            found.execute("PRAGMA synchronous = FULL")
-            found.execute(f"PRAGMA mmap_size = {_MAPPED}")
-            found.execute("PRAGMA foreign_keys = ON")
-            self._local.connection = found
-            with self._lock:
-                self._open.append(found)
-        return found
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """SQLite's complaints as this package's."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            full = getattr(error, "sqlite_errorcode", None) in (
-                sqlite3.SQLITE_FULL,
-                sqlite3.SQLITE_IOERR_WRITE,
-            )
-            kind = StoreFullError if full else ExpertError
-            # No path: who is told may be on another machine.
-            raise kind(f"the store's index cannot be used: {error}") from None
+        self._connections.close()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One writer's transaction: all of it is on the disk when the block ends, or none."""
-        with self._errors(), self._writing:
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-                with self._lock:
-                    self._writes += 1
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-                raise
-
-    def _rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._errors():
-            return self._connection().execute(sql, values).fetchall()
+        """One writer's transaction; what was read before it is no longer all."""
+        with self._connections.transaction() as connection:
+            yield connection
+        with self._lock:  # before whoever wrote it hears of it
+            self._writes += 1
+            self._answers.clear()
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -185,18 +145,22 @@ class Index:
             name_id, version = connection.execute(
                 "SELECT id, next FROM names WHERE name = ?", (expert.name,)
             ).fetchone()
-            row = connection.execute(
-                "INSERT INTO versions (name_id, version, digest, size, base_model, base_digest, "
-                "config, tags, metrics, created, num_parameters, density, codec, start, layout_id) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (highest,) = connection.execute("SELECT coalesce(max(id), 0) FROM versions").fetchone()
+            # SQLite gives the number of a row that was deleted to another; what is kept in memory
+            # by it would be the other's.
+            row = self._last_row = 1 + max(highest, self._last_row)
+            connection.execute(
+                "INSERT INTO versions (id, name_id, version, digest, size, base_model, "
+                "base_digest, config, tags, metrics, created, num_parameters, density, codec, "
+                "start, layout_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    name_id, version, expert.digest, expert.size, expert.base_model,
+                    row, name_id, version, expert.digest, expert.size, expert.base_model,
                     expert.base_digest, json.dumps(expert.config, ensure_ascii=False),
                     json.dumps(expert.tags), json.dumps(expert.metrics), expert.created,
                     expert.num_parameters, expert.density, expert.codec, expert.start,
                     expert.layout_id,
                 ),
-            ).lastrowid  # fmt: skip
+            )  # fmt: skip
             connection.execute("INSERT INTO sketches VALUES (?, ?)", (row, sketch.tobytes()))
             connection.executemany(
                 "INSERT INTO tags VALUES (?, ?, ?)",
@@ -286,25 +250,51 @@ class Index:
         self, words: str, tags: Mapping[str, str], base_model: str, limit: int
     ) -> list[Expert]:
         """Newest versions that have all words, tags and the base model; the best match first."""
-        where, values = ["v.id = n.newest"], []
-        source, order = "", "n.name"
         terms = _WORD.findall(words)[:_MAX_WORDS]
         if words.strip() and not terms:
             return []
+        where, values = _narrowed(tags, base_model)
+        source, order = "names n", "n.name"
         if terms:
-            source, order = "JOIN words w ON w.rowid = n.id", "w.rank, n.name"
+            source, order = "words w JOIN names n ON n.id = w.rowid", "w.rank, n.name"
             where.append("words MATCH ?")
             values.append(" ".join(f'"{term}"*' for term in terms))
-        narrowed, more = _narrowed(tags, base_model)
-        return self._found(
-            " AND ".join([*where, *narrowed]), *values, *more,
-            source=source, order=order, limit=limit,
-        )  # fmt: skip
+        sql = (  # one row: for each that Python is handed, its threads take turns
+            "SELECT json_group_array(id) FROM ("
+            f"SELECT v.id FROM {source} JOIN versions v ON v.name_id = n.id AND v.id = n.newest "
+            f"WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?)"
+        )
+        for _ in range(_TRIES):
+            rows = self._answer(sql, (*values, limit))
+            found = self._shown.experts(rows)
+            if len(found) == len(rows):  # none was deleted in between
+                break
+        return [found[row] for row in rows if row in found]
+
+    def _answer(self, sql: str, values: tuple[str | int, ...]) -> list[int]:
+        """The rows that a search finds; as it was found before, where nothing was written since."""
+        with self._lock:
+            kept, writes = self._answers.get((sql, values)), self._writes
+        if kept is not None and kept[0] == writes:
+            return kept[1]
+        ((text,),) = self._rows(sql, *values)
+        rows: list[int] = json.loads(text)
+        with self._lock:
+            while len(self._answers) >= _MAX_ANSWERS:
+                self._answers.pop(next(iter(self._answers)))
+            self._answers[sql, values] = (writes, rows)
+        return rows
 
     def like(
         self, expert: Expert, tags: Mapping[str, str], base_model: str, limit: int
     ) -> list[tuple[Expert, float]]:
-        """Newest versions of other names, by the similarity of their sketches to an expert's."""
+        """Newest versions of other names, by the similarity of their sketches to an expert's.
+
+        Raises
+        ------
+        UnknownExpertError
+            It was deleted meanwhile.
+        """
         ids, signs = self._newest(expert.layout_id)
         if tags or base_model:
             narrowed, values = _narrowed(tags, base_model)
@@ -314,27 +304,34 @@ class Index:
             )  # fmt: skip
             allowed = np.isin(ids, np.array([row[0] for row in rows], np.int64))
             ids, signs = ids[allowed], signs[allowed]
-        ((content,),) = self._rows(
+        own = self._rows(
             "SELECT s.sketch FROM names n JOIN versions v ON v.name_id = n.id "
             "JOIN sketches s ON s.version_id = v.id WHERE n.name = ? AND v.version = ?",
             expert.name, expert.version,
         )  # fmt: skip
-        given = np.frombuffer(content, np.int8)
-        distances = np.bitwise_count(signs ^ bits(given)).sum(axis=1)
-        nearest = ids[np.argsort(distances, kind="stable")[: max(_NEAREST, 2 * limit)]].tolist()
+        if not own:
+            raise UnknownExpertError(f"no expert {expert.reference}: it was deleted just now")
+        given = np.frombuffer(own[0][0], np.int8)
+        order = np.argsort(distances(bits(given), signs), kind="stable")
+        nearest = ids[order[: max(_NEAREST, 2 * limit)]].tolist()
         marks = ", ".join("?" * len(nearest))
         found = self._rows(f"SELECT * FROM sketches WHERE version_id IN ({marks})", *nearest)
         sketches = np.frombuffer(b"".join(row[1] for row in found), np.int8).reshape(-1, SIZE)
         similarities = cosines(given, sketches)
         best = np.argsort(-similarities, kind="stable")[: limit + 1].tolist()
         of_row = {found[at][0]: float(similarities[at]) for at in best}
-        marks = ", ".join("?" * len(of_row))
-        rows = self._rows(
-            f"SELECT {_COLUMNS}, NULL, v.id FROM names n JOIN versions v ON v.name_id = n.id "
-            f"WHERE v.id IN ({marks}) AND n.name <> ?", *of_row, expert.name,
-        )  # fmt: skip
-        pairs = [(_expert(row[:-1]), of_row[row[-1]]) for row in rows]
+        shown = self._shown.experts(list(of_row))
+        pairs = [(each, of_row[row]) for row, each in shown.items() if each.name != expert.name]
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0].name))[:limit]
+
+    def _read(self, rows: Sequence[int]) -> list[tuple[int, Expert]]:
+        """The versions of some rows, without their configurations."""
+        marks = ", ".join("?" * len(rows))
+        found = self._rows(
+            f"SELECT {_COLUMNS}, NULL, v.id FROM names n JOIN versions v ON v.name_id = n.id "
+            f"WHERE v.id IN ({marks})", *rows,
+        )  # fmt: skip
+        return [(row[-1], _expert(row[:-1])) for row in found]
 
     def _newest(self, layout_id: str) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Newest versions of a layout, and the signs of their sketches, shape (n, 32).
@@ -388,18 +385,17 @@ class Index:
         return [f"the index: {row}" for row in rows if row != "ok"]
 
     def _found(
-        self, where: str, *values: Any, source: str = "", order: str = "v.id",
-        limit: int = 2, config: bool = False,
+        self, where: str, *values: Any, order: str = "v.id", limit: int = 2, config: bool = False,
     ) -> list[Expert]:  # fmt: skip
         last = "v.config" if config else "NULL"
         rows = self._rows(
-            f"SELECT {_COLUMNS}, {last} FROM names n JOIN versions v ON v.name_id = n.id {source} "
+            f"SELECT {_COLUMNS}, {last} FROM names n JOIN versions v ON v.name_id = n.id "
             f"WHERE {where} ORDER BY {order} LIMIT ?", *values, limit,
         )  # fmt: skip
         return [_expert(row) for row in rows]
 
 
-def _narrowed(tags: Mapping[str, str], base_model: str) -> tuple[list[str], list[str]]:
+def _narrowed(tags: Mapping[str, str], base_model: str) -> tuple[list[str], list[Any]]:
     """Conditions for tags and a base model, and their values."""
     where, values = [], []
     if "role" not in tags:  # starts are found by their names alone

@@ -60,23 +60,25 @@ def check_digest(digest: str) -> str:
 
 def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags that are few, short and printable; ParameterError for others."""
-    _check_entries("tags", tags)
-    for key, value in tags.items():
+    found = dict(tags)  # a message's mapping is slow to go through
+    _check_entries("tags", found)
+    for key, value in found.items():
         if len(value) > _MAX_VALUE or not value.isprintable():
             raise ParameterError(
                 f"expected at most {_MAX_VALUE} printable characters in tag {key}, found "
                 f"{quoted(value)}"
             )
-    return dict(tags)
+    return found
 
 
 def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return metrics that are few, named and finite; ParameterError for others."""
-    _check_entries("metrics", metrics)
-    for key, value in metrics.items():
+    found = {key: float(value) for key, value in metrics.items()} if metrics else {}
+    _check_entries("metrics", found)
+    for key, value in found.items():
         if not math.isfinite(value):
             raise ParameterError(f"expected a finite number as metric {key}, found {value}")
-    return {key: float(value) for key, value in metrics.items()}
+    return found
 
 
 def _check_entries(what: str, entries: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ from compeft_fl.compeft import compress
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
-__all__ = ["SIZE", "bits", "cosines", "sketch", "ternary"]
+__all__ = ["SIZE", "bits", "cosines", "distances", "sketch", "ternary"]
 
 SIZE: Final = 2048  # counters; a power of two
 _DENSE_DENSITY: Final = 0.05  # of the signs that stand for an update with a value everywhere
@@ -61,6 +61,13 @@ def _mixed(places: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def bits(sketch: NDArray[np.int8]) -> NDArray[np.uint64]:
     """The signs of a sketch's counters, shape (32,): they differ in more places the less alike."""
     return np.packbits(sketch > 0, bitorder="little").view(np.uint64)
+
+
+def distances(one: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """In how many places some signs differ from each of others, shape (n, 32)."""
+    counts = np.bitwise_count(others ^ one)
+    found: NDArray[np.uint16] = np.einsum("ij->i", counts, dtype=np.uint16, casting="unsafe")
+    return found  # of 16 bits: such are sorted by their digits
 
 
 def cosines(one: NDArray[np.int8], others: NDArray[np.int8]) -> NDArray[np.float64]:

@@ -305,6 +305,7 @@ class Store:
                     f"expected {size} bytes of the digest {digest[:12]}..., found "
                     f"{opened.tell()} of {found[:12]}...: nothing of them is kept"
                 )
+            os.fsync(opened.fileno())  # while others are named: their turn would wait for the disk
         with self._decoding:
             return admit(file, self.limits.max_parameters)
 

@@ -25,7 +25,6 @@ from compeft_fl.full import companions
 from compeft_fl.full.files import CARRIED_MAGIC, PARTS_MAGIC, write_part
 from compeft_fl.full.folders import Checkpoint, header
 from compeft_fl.full.matching import Plan, rows_name
-from compeft_fl.kernels import cpu_pieces
 from compeft_fl.reduction.quality import Quality
 from compeft_fl.task_vector import Layout, TaskVector, TensorSpec
 from compeft_fl.ternary import TernaryVector
@@ -33,6 +32,7 @@ from compeft_fl.wire.layouts import part_layout
 
 if TYPE_CHECKING:
     from compeft_fl.adapters.weights import StoredTensor
+    from compeft_fl.kernels import cpu_pieces
     from compeft_fl.kernels.cpu import Floats
 
 __all__ = ["CODECS", "Compressed", "compress_checkpoint"]
@@ -95,6 +95,8 @@ def compress_checkpoint(
     NonFiniteError
         NaN or Inf; the message names the tensor.
     """
+    from compeft_fl.kernels import cpu_pieces
+
     check_density(density)
     check_scale(scale)
     check_support(support)
