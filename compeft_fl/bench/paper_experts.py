@@ -31,6 +31,16 @@ _BATCH: Final = 64
 _FIRST_SEED: Final = 42
 _OF_LOSS: Final = 1e-3
 
+_OF_TRAINING: Final = {
+    "seed", "task", "model", "trust-remote-code", "head", "quantization", "max-length", "data",
+    "data-config", "text-column", "label-column", "prompt-column", "response-column",
+    "messages-column", "template", "long-prompts", "split-column", "train-split",
+    "validation-split", "test-split", "limit-rows", "limit-test-rows", "partition-column",
+    "peft-method", "peft-options", "trainable", "learning-rate", "weight-decay", "batch-size",
+    "accumulation", "checkpointing", "local-steps", "local-epochs", "dtype",
+}  # fmt: skip
+"""Keys of the app that an expert depends on; the others are a federation's."""
+
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
     "lora": {"learning-rate": 5e-3},
     "ia3": {"learning-rate": 2e-2},
@@ -274,7 +284,8 @@ def train(plan: Plan, expert: Expert) -> TaskVector:
 def plan_text(plan: Plan, expert: Expert) -> str:
     """What an expert depends on, for telling whether a stored one is this one."""
     config = plan.config(expert.task, expert.method, expert.seed)
-    keys = {name: value for name, value in config.to_run_config().items() if name != "device"}
+    told = config.to_run_config()
+    keys = {n: v for n, v in told.items() if n in _OF_TRAINING or n.startswith("peft.")}
     return json.dumps([dataclasses.asdict(expert), plan.rows, plan.tested, keys], sort_keys=True)
 
 
