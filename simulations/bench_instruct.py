@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -332,6 +333,7 @@ def page(folder: Path) -> str:
             f"| {name} | {settings} | {seed} | {found['config']['device']} | {scores(found)} "
             f"| {' | '.join(parts)} |"
         )
+    lines += over_seeds(runs)
     share = folder / "kept.json"
     if share.exists():
         lines += [
@@ -362,6 +364,34 @@ def page(folder: Path) -> str:
         losses = ", ".join(f"{loss:.2f}" for loss in found["loss"])
         lines.append(f"| {name} | {seed} | {losses} |")
     return "\n".join(lines) + "\n"
+
+
+def over_seeds(runs: Sequence[tuple[str, int, dict[str, Any]]]) -> Iterator[str]:
+    """Means of what has several seeds, and the difference to dense links with the same ones."""
+    of = {(name, seed): found for name, seed, found in runs}
+    yield from ("", "## Over seeds", "")
+    yield "| variant | seeds | validation | test | loss | against dense: validation | test | loss |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in dict.fromkeys(name for name, *_ in runs):
+        seeds = [seed for each, seed in of if each == name and ("dense", seed) in of]
+        if len(seeds) < 2:
+            continue
+        cells: list[str] = []
+        against: list[str] = []
+        for split, key, unit in (
+            ("validation", "accuracy", " %"), ("test", "accuracy", " %"), ("test", "loss", ""),
+        ):  # fmt: skip
+            scale, digits = (100, 1) if unit else (1, 3)
+            mine, dense = (
+                [scale * of[each, seed][split]["all"][key] for seed in seeds]
+                for each in (name, "dense")
+            )
+            mean, spread = statistics.mean(mine), statistics.stdev(mine)
+            cells.append(f"{mean:.{digits}f} ± {spread:.{digits}f}{unit}")
+            differences = [a - b for a, b in zip(mine, dense, strict=True)]
+            each = ", ".join(f"{difference:+.{digits}f}" for difference in differences)
+            against.append(f"{statistics.mean(differences):+.{digits}f} ({each})")
+        yield f"| {name} | {len(seeds)} | {' | '.join(cells)} | {' | '.join(against)} |"
 
 
 def told(settings: dict[str, Any]) -> str:

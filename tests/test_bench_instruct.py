@@ -60,10 +60,15 @@ def test_the_page_is_of_what_is_in_the_folder(tmp_path):
     }
     for name in ("dense-42", "decay-0.3-42", "decay-0.3-43", "unknown-42"):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    (tmp_path / "dense-43.json").write_text(json.dumps(found).replace("0.5,", "0.6,"))
     page = bench_instruct.page(tmp_path)
     cells = "cpu | 50.0 % | 2.000 | 50.0 % | 2.000 | 1/40.0 | 1/20.0 | 1/25.0 |"
     assert f"| decay-0.3 | residual-decay=0.3 | 43 | {cells}" in page
     assert page.count(cells) == 3
+    assert (
+        "| decay-0.3 | 2 | 50.0 ± 0.0 % | 50.0 ± 0.0 % | 2.000 ± 0.000 "
+        "| -5.0 (+0.0, -10.0) | -5.0 (+0.0, -10.0) | +0.000 (+0.000, +0.000) |"
+    ) in page
     assert "| dense | 42 | role | 50.0 % | 2.000 | 25.0 % | 0.125 |" in page
     assert "| decay-0.3 | 42 | 3.00, 2.00 |" in page
     assert "unknown" not in page
