@@ -12,8 +12,8 @@ import pytest
 from compeft_fl.errors import UnknownExpertError
 from compeft_fl.experts.expert import Expert
 from compeft_fl.experts.index import Index
+from compeft_fl.experts.kept import Kept
 from compeft_fl.experts.names import Reference
-from compeft_fl.experts.shown import Shown
 from compeft_fl.experts.sketches import SIZE
 
 LAYOUT = "ab" * 16
@@ -139,22 +139,21 @@ def test_many_threads_open_the_file_a_few_times(file):
     index.close()
 
 
-def test_what_was_shown_is_read_once_and_stays_within_its_bytes():
+def test_what_was_read_once_is_kept_within_its_bytes():
     asked: list[int] = []
 
     def read(rows):
         asked.extend(rows)
-        return [(row, version(f"x{row}", tags={"text": "y" * 200})) for row in rows if row < 90]
+        return [(row, f"x{row}".ljust(100)) for row in rows if row < 90]
 
-    shown = Shown(read, max_bytes=40_000)
+    kept = Kept(read, len, max_bytes=1050)
     for _ in range(2):
-        assert {row: each.name for row, each in shown.experts([3, 1, 99]).items()} == {
-            3: "x3", 1: "x1",
-        }  # fmt: skip
+        found = kept.values([3, 1, 99])
+        assert {row: each.strip() for row, each in found.items()} == {3: "x3", 1: "x1"}
     assert asked == [3, 1, 99, 99]  # what is gone is looked for again
-    shown.experts(range(90))
-    assert 2 < len(shown) < 12
-    assert list(shown.experts([5])) == [5]
+    kept.values(range(90))
+    assert len(kept) == 10
+    assert list(kept.values([5])) == [5]
     assert asked[-1] == 5  # the oldest ones went
 
 

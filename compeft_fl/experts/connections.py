@@ -8,6 +8,7 @@ are threads.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import sqlite3
 import threading
@@ -20,7 +21,7 @@ from compeft_fl.errors import ExpertError, StoreFullError
 __all__ = ["Connections"]
 
 _BUSY_SECONDS: Final = 30.0
-_READERS: Final = 4
+_READERS: Final = min(4, os.cpu_count() or 1)  # at a time: more than cores gain nothing
 _MAPPED: Final = 1 << 30  # bytes of the file that all connections read in one place
 
 

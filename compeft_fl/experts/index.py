@@ -22,66 +22,29 @@ from numpy.typing import NDArray
 from compeft_fl.errors import ExpertError, UnknownExpertError
 from compeft_fl.experts.connections import Connections
 from compeft_fl.experts.expert import Expert
+from compeft_fl.experts.kept import Kept
 from compeft_fl.experts.names import Reference
-from compeft_fl.experts.shown import Shown
+from compeft_fl.experts.schema import FORMAT, SCHEMA
 from compeft_fl.experts.sketches import SIZE, bits, cosines, distances
 
 __all__ = ["Index"]
 
-_FORMAT: Final = 2
 _WORD: Final = re.compile(r"\w+")
 _MAX_WORDS: Final = 16
 _NEAREST: Final = 100  # by the signs of their sketches; these are compared by all of them
 _AT_A_TIME: Final = 500  # rows of one question
 _MAX_LAYOUTS: Final = 64  # whose versions' signs are kept in memory, 256 bytes each
 _MAX_ANSWERS: Final = 1000  # to searches, that are kept: rows of some kilobytes at most
+_SHOWN_BYTES: Final = 64 << 20  # of versions as searches show them
+_EACH: Final = 3 << 10  # bytes of one and its message, without what its pusher may write
 _TRIES: Final = 3  # of a search while versions are deleted
-_SCHEMA: Final = """
-CREATE TABLE names (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    next INTEGER NOT NULL,              -- the number of its next version; never goes back
-    newest INTEGER REFERENCES versions  -- none: all were deleted
-);
-CREATE TABLE versions (
-    id INTEGER PRIMARY KEY,
-    name_id INTEGER NOT NULL REFERENCES names,
-    version INTEGER NOT NULL,
-    digest TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    base_model TEXT NOT NULL,
-    base_digest TEXT NOT NULL,
-    config TEXT NOT NULL,
-    tags TEXT NOT NULL,
-    metrics TEXT NOT NULL,
-    created REAL NOT NULL,
-    num_parameters INTEGER NOT NULL,
-    density REAL NOT NULL,
-    codec TEXT NOT NULL,
-    start TEXT NOT NULL,
-    layout_id TEXT NOT NULL,
-    UNIQUE (name_id, version)
-);
-CREATE TABLE sketches ( -- apart, so that the rest is read without them
-    version_id INTEGER PRIMARY KEY REFERENCES versions ON DELETE CASCADE,
-    sketch BLOB NOT NULL
-);
-CREATE INDEX versions_layout ON versions (layout_id);
-CREATE INDEX versions_digest ON versions (digest);
-CREATE INDEX names_newest ON names (newest);
-CREATE TABLE tags (
-    version_id INTEGER NOT NULL REFERENCES versions ON DELETE CASCADE,
-    key TEXT NOT NULL,
-    value TEXT NOT NULL,
-    PRIMARY KEY (key, value, version_id)
-) WITHOUT ROWID;
-CREATE INDEX tags_version ON tags (version_id);
-CREATE VIRTUAL TABLE words USING fts5 (name, tags, base_model, tokenize = 'unicode61');
-"""
 _COLUMNS: Final = (
     "n.name, v.version, v.digest, v.size, v.base_model, v.base_digest, v.tags, v.metrics, "
     "v.created, v.num_parameters, v.density, v.codec, v.start, v.layout_id"
 )
+
+
+_Signs = tuple[int, NDArray[np.int64], NDArray[np.uint64]]  # as of a write, of rows
 
 
 class Index:
@@ -102,9 +65,10 @@ class Index:
         self._connections = Connections(file)
         self._rows = self._connections.rows
         self._lock = threading.Lock()
-        self._likes: dict[str, tuple[int, NDArray[np.int64], NDArray[np.uint64]]] = {}
+        self._likes: dict[str, _Signs] = {}
         self._answers: dict[tuple[str, tuple[str | int, ...]], tuple[int, list[int]]] = {}
-        self._shown = Shown(self._read)
+        self._shown = Kept(self._read, _size, _SHOWN_BYTES)
+        self._reading, self._comparing = threading.Lock(), threading.Lock()
         self._writes = 0
         self._last_row = 0
         with self._connections.writer() as connection:
@@ -112,11 +76,11 @@ class Index:
             (found,) = connection.execute("PRAGMA user_version").fetchone()
             if found == 0 and not connection.execute("SELECT * FROM sqlite_master").fetchall():
                 connection.executescript(
-                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_FORMAT}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;"
                 )
-            elif found != _FORMAT:
+            elif found != FORMAT:
                 raise ExpertError(
-                    f"{file}: expected an index of version {_FORMAT}, found version {found}"
+                    f"{file}: expected an index of version {FORMAT}, found version {found}"
                 )
 
     def close(self) -> None:
@@ -266,7 +230,7 @@ class Index:
         )
         for _ in range(_TRIES):
             rows = self._answer(sql, (*values, limit))
-            found = self._shown.experts(rows)
+            found = self._shown.values(rows)
             if len(found) == len(rows):  # none was deleted in between
                 break
         return [found[row] for row in rows if row in found]
@@ -312,15 +276,14 @@ class Index:
         if not own:
             raise UnknownExpertError(f"no expert {expert.reference}: it was deleted just now")
         given = np.frombuffer(own[0][0], np.int8)
-        order = np.argsort(distances(bits(given), signs), kind="stable")
-        nearest = ids[order[: max(_NEAREST, 2 * limit)]].tolist()
-        marks = ", ".join("?" * len(nearest))
-        found = self._rows(f"SELECT * FROM sketches WHERE version_id IN ({marks})", *nearest)
+        with self._comparing:  # one fills the way to memory
+            order = np.argsort(distances(bits(given), signs), kind="stable")
+        found = self._read_sketches(ids[order[: max(_NEAREST, 2 * limit)]].tolist())
         sketches = np.frombuffer(b"".join(row[1] for row in found), np.int8).reshape(-1, SIZE)
         similarities = cosines(given, sketches)
         best = np.argsort(-similarities, kind="stable")[: limit + 1].tolist()
         of_row = {found[at][0]: float(similarities[at]) for at in best}
-        shown = self._shown.experts(list(of_row))
+        shown = self._shown.values(list(of_row))
         pairs = [(each, of_row[row]) for row, each in shown.items() if each.name != expert.name]
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0].name))[:limit]
 
@@ -333,15 +296,27 @@ class Index:
         )  # fmt: skip
         return [(row[-1], _expert(row[:-1])) for row in found]
 
+    def _read_sketches(self, rows: Sequence[int]) -> list[tuple[int, bytes]]:
+        marks = ", ".join("?" * len(rows))
+        return self._rows(f"SELECT * FROM sketches WHERE version_id IN ({marks})", *rows)
+
     def _newest(self, layout_id: str) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Newest versions of a layout, and the signs of their sketches, shape (n, 32).
 
         They stay here until something is written; what was read of a version once is not read anew.
+        One thread reads them, and others wait for it.
         """
         with self._lock:
             kept, writes = self._likes.get(layout_id), self._writes
-        if kept is not None and kept[0] == writes:
-            return kept[1], kept[2]
+        if kept is None or kept[0] != writes:
+            with self._reading:
+                with self._lock:
+                    kept, writes = self._likes.get(layout_id), self._writes
+                if kept is None or kept[0] != writes:
+                    kept = self._read_newest(layout_id, kept, writes)
+        return kept[1], kept[2]
+
+    def _read_newest(self, layout_id: str, kept: _Signs | None, writes: int) -> _Signs:
         narrowed, _ = _narrowed({}, "")
         rows = self._rows(
             "SELECT v.id FROM versions v JOIN names n ON n.newest = v.id "
@@ -356,15 +331,13 @@ class Index:
             signs[here], missing = kept[2][at[here]], ~here
         for start in range(0, int(missing.sum()), _AT_A_TIME):
             places = np.flatnonzero(missing)[start : start + _AT_A_TIME]
-            marks = ", ".join("?" * len(places))
-            sql = f"SELECT * FROM sketches WHERE version_id IN ({marks})"
-            for row, content in self._rows(sql, *ids[places].tolist()):
+            for row, content in self._read_sketches(ids[places].tolist()):
                 signs[np.searchsorted(ids, row)] = bits(np.frombuffer(content, np.int8))
         with self._lock:
             while len(self._likes) >= _MAX_LAYOUTS:
                 self._likes.pop(next(iter(self._likes)))
             self._likes[layout_id] = (writes, ids, signs)
-        return ids, signs
+        return writes, ids, signs
 
     def digests(self) -> set[str]:
         """The digests of all versions."""
@@ -414,6 +387,12 @@ def _narrowed(tags: Mapping[str, str], base_model: str) -> tuple[list[str], list
 def _split(text: str) -> str:
     """A name and its parts as words: ``sections_v2`` is found by ``v2`` as well."""
     return f"{text} {text.replace('_', ' ')}"
+
+
+def _size(expert: Expert) -> int:
+    """About how many bytes a version and its message take."""
+    texts = [*expert.tags, *expert.tags.values(), *expert.metrics, expert.base_model]
+    return _EACH + sum(100 + 4 * len(text) for text in texts)
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -76,7 +76,6 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._streams = threading.BoundedSemaphore(max_streams)
         self._max_streams = max_streams
         self._watch = _Watch(silent_seconds)
-        self._turn = threading.Lock()  # of short calls: threads that share a core gain nothing
 
     # --- who may, and what went wrong ---------------------------------------------------------
 
@@ -238,7 +237,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The newest version of each name."""
-        with self._answering(context), self._turn:
+        with self._answering(context):
             self._caller(context, "read")
             limit = min(request.limit or 100, _MAX_PAGE)
             experts = self._store.page(request.after, limit + 1)
@@ -247,7 +246,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     def Search(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Newest versions by words, tags and base model, or by similarity."""
-        with self._answering(context), self._turn:
+        with self._answering(context):
             self._caller(context, "read")
             found = self._store.search(
                 request.words[:1000], dict(request.tags), request.base_model, request.like,
@@ -264,7 +263,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     def Describe(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A version, and which versions there are."""
-        with self._answering(context), self._turn:
+        with self._answering(context):
             self._caller(context, "read")
             expert = self._store.find(_reference(request.reference))
             versions = self._store.versions(expert.name)
