@@ -37,7 +37,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # A core each, and one for the tests that start Flower (tests/kinds.py), which mostly wait.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-WORKERS := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadgroup
+WORKERS := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # pip's -qq leaves errors only.
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq

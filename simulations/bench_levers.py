@@ -22,6 +22,7 @@ import numpy as np
 import compeft_fl as cf
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import training
+from compeft_fl.app.tasks.base import learning_rate
 from compeft_fl.bench import results
 from compeft_fl.bench.federation import Federation, Setting
 from compeft_fl.codecs.auto import codec_of
@@ -52,11 +53,13 @@ class Lever:
     fall: float = 1.0  # what both densities are multiplied by after each round
     rounds: int = 10
     longer: float = 1.0  # local steps, against the others
+    cosine: bool = False  # the learning rate falls to a tenth
     per_tensor: bool = False  # top-k of each tensor by itself, with a scale of its own
 
 
 LEVERS = (
     Lever("dense", "dense", "dense"),
+    Lever("dense, cosine", "dense", "dense", cosine=True),
     Lever("ternary 0.1, 0.2 (today)", "golomb", "golomb", 0.1, 0.2),
     Lever("ternary 0.05, 0.1", "golomb", "golomb", 0.05, 0.1),
     Lever("ternary 0.1, 0.2, per tensor", "golomb", "golomb", 0.1, 0.2, per_tensor=True),
@@ -74,11 +77,21 @@ LEVERS = (
     Lever("factored 0.025, 0.05, rising by 1.15", density=0.025, down_density=0.05, fall=1.15),
     Lever("factored 0.1, 0.1, 5 rounds twice as long", density=0.1, rounds=5, longer=2.0),
     Lever("factored 0.07, 0.1, 7 rounds half as long again", density=0.07, rounds=7, longer=1.5),
+    Lever("factored 0.1, 0.1, 7 rounds twice as long", density=0.1, rounds=7, longer=2.0),
     Lever("auto, energy 0.5 both ways", density="auto", down_density="auto"),
     Lever("auto, energy 0.7 both ways", density="auto", down_density="auto", energy=0.7),
     Lever("factored 0.05, 0.05, step 1.5", down_density=0.05, step=1.5),
     Lever("factored 0.05, 0.05, decay 1", down_density=0.05, decay=1.0),
     Lever("factored 0.05, 0.05, decay 1, step 1.5", down_density=0.05, decay=1.0, step=1.5),
+    Lever("factored 0.05, 0.05, cosine", down_density=0.05, cosine=True),
+    Lever("factored 0.05, 0.05, step 1.5, cosine", down_density=0.05, step=1.5, cosine=True),
+    Lever(
+        "factored 0.06, 0.06, step 1.5, cosine",
+        density=0.06,
+        down_density=0.06,
+        step=1.5,
+        cosine=True,
+    ),
     Lever("factored 0.05, 0.05, momentum 0.3", down_density=0.05, momentum=0.3),
     Lever("factored 0.07, 0.05", density=0.07, down_density=0.05),
     Lever("factored 0.04, 0.08", density=0.04, down_density=0.08),
@@ -103,6 +116,9 @@ class Levered:
         self.num_nodes = base.num_nodes
         steps = round(lever.longer * base.config.local_steps)
         self.config = replace(base.config, rounds=lever.rounds, local_steps=steps)
+        if lever.cosine:
+            least = self.config.learning_rate / 10
+            self.config = replace(self.config, schedule="cosine", min_learning_rate=least)
         self._feedback: dict[int, ErrorFeedback] = {}
         down = "golomb" if lever.down == "dense" else lever.down
         self._way_down = Downlink(
@@ -147,11 +163,13 @@ class Levered:
         """What the server moves by, and the bytes up."""
         layout = self.adapter.layout
         start = TaskVector(layout, shared).to_dict()
+        rate = learning_rate(self.config, number)
+        config = replace(self.config, learning_rate=rate, schedule="constant")
         sums, up = Average(layout=layout), 0
         for node, rows in enumerate(self.base._shards):
             self.base._load(start)
-            seed = training.round_seed(self.config, number, node)
-            result = training.train(self.base._classifier, rows, self.config, seed)
+            seed = training.round_seed(config, number, node)
+            result = training.train(self.base._classifier, rows, config, seed)
             update, size = self._sent(node, TaskVector.between(start, self.base._state()), number)
             sums.add(update, result.num_examples)
             up += size

@@ -18,6 +18,7 @@ from compeft_fl.errors import ConfigError
 from compeft_fl.results import report
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.xdist_group("lm-eval")  # to read its thousands of tasks takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +110,11 @@ def test_evaluate_takes_limits_and_plain_text(finished, sounds, capsys):
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(
-    finished, sounds, capsys, tmp_path, monkeypatch, arguments, message
+    finished, sounds, capsys, tmp_path, arguments, message
 ):
     folder, _ = finished
     (tmp_path / "classifier").mkdir()
     (tmp_path / "classifier" / "head.json").write_text("{}")
-    known = evaluation._tasks_known(False)
-    monkeypatch.setattr(evaluation, "_tasks_known", lambda everything: known)
     places = {
         "FOLDER": str(folder),
         "SOUNDS": sounds,
@@ -133,11 +132,9 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 
 def test_a_run_with_what_cannot_be_asked_ends_before_it_begins(
-    instruct_config, tiny_config, sounds, tmp_path, monkeypatch
+    instruct_config, tiny_config, sounds, tmp_path
 ):
     missing = dataclasses.replace(instruct_config, evaluate_tasks=str(tmp_path / "x.yaml"))
-    known = evaluation._tasks_known(False)
-    monkeypatch.setattr(evaluation, "_tasks_known", lambda everything: known)
     with pytest.raises(ConfigError, match="lm-eval has no task"):
         run(missing, tmp_path / "missing")
     classifier = dataclasses.replace(tiny_config, evaluate_tasks=sounds)

@@ -17,6 +17,7 @@ from compeft_fl.app.evaluation import Harness
 from compeft_fl.errors import ConfigError
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.xdist_group("lm-eval")  # to read its thousands of tasks takes seconds
 
 CHOICES = ["a tool", "a game", "a library", "is it"]
 

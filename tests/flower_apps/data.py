@@ -45,7 +45,7 @@ def train(model: Net, seed: int, lr: float) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return sum(losses) / len(losses)
 
 
