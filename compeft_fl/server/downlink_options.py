@@ -24,7 +24,7 @@ __all__ = [
     "warn_of_huge_values",
 ]
 
-DENSITY, DENSITY_FEW = 0.2, 0.08
+DENSITY, DENSITY_FEW = 0.2, 0.1
 FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 
