@@ -13,10 +13,10 @@ from compeft_fl.experts.pool import ExpertPool
 IDS = torch.arange(24).view(2, 12)
 
 
-def outputs(model):
+def outputs(model, **given):
     model.eval()
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        return model(input_ids=IDS, **given).logits
 
 
 def bits(model):
