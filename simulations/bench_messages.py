@@ -41,7 +41,7 @@ NODES, PER_ROUND, ROUNDS = 20, 2, 3
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
 RANKS = {"40m": 16, "160m": 64, "10m": 16}
 SEED = 7
-RETURNING = {1: 2, 2: 24}  # seeds with which Flower draws the same nodes again in round 3
+RETURNING = 24  # with it Flower draws two nodes twice
 
 
 def layout(size: str) -> dict[str, tuple[int, int]]:
@@ -281,10 +281,9 @@ def measure(size: str, per_round: int = PER_ROUND) -> tuple[list[dict[str, Any]]
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)  # to bfloat16
         initial[name] = rounded.view(np.float32)
     parameters = sum(value.size for value in initial.values())
-    random.seed(RETURNING.get(per_round, 24))
+    random.seed(RETURNING)
     strategy = ComPEFTAverage(
         fraction_train=per_round / NODES,
-        min_train_nodes=per_round,
         fraction_evaluate=0.0,
         min_available_nodes=NODES,
         observer=RoundCounts(),
@@ -324,7 +323,6 @@ def main() -> int:
         "--more", type=int, default=10, metavar="N",
         help="the server with N nodes a round as well, of the first size; 0: not",
     )  # fmt: skip
-    parser.add_argument("--nodes", type=int, default=PER_ROUND, metavar="N", help="a round")
     parser.add_argument("--out", type=Path, metavar="DIR")
     options = parser.parse_args()
     heads = ["size", "round", "node", "MB down", "MB up", "of float32", "seconds", "copies"]
@@ -332,7 +330,7 @@ def main() -> int:
     for head in heads:
         table.add_column(head, justify="right")
     for size in options.sizes.split(","):
-        rows, server = measure(size, options.nodes)
+        rows, server = measure(size)
         whole = 4 * server["parameters"]
         for row in rows:
             cells = [
@@ -342,7 +340,7 @@ def main() -> int:
             ]  # fmt: skip
             table.add_row(*cells)
             lines.append("| " + " | ".join(cells) + " |")
-        servers = {options.nodes: server}
+        servers = {PER_ROUND: server}
         if options.more and size == options.sizes.split(",")[0]:  # nodes take memory too
             servers[options.more] = measure(size, options.more)[1]
         for nodes, each in servers.items():
@@ -356,11 +354,10 @@ def main() -> int:
     if options.out:
         about = (
             "`python simulations/bench_messages.py --out simulations/results` "
-            f"({platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}): "
-            f"{options.nodes} of {NODES} nodes, {ROUNDS} rounds, density 0.1. A copy is the "
-            "adapter in float32, 4 bytes a parameter. Of a node: what a message took beyond its "
-            "model, with the adapter in it. Of the server: all that the rounds took beyond the "
-            "adapter that it began with. "
+            f"({platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}): {PER_ROUND} "
+            f"of {NODES} nodes, {ROUNDS} rounds, density 0.1. A copy is the adapter in float32, 4 "
+            "bytes a parameter. Of a node: what a message took beyond its model, with the adapter "
+            "in it. Of the server: all that the rounds took beyond the adapter that it began with. "
             "Seconds of the server are without its nodes'.\n"
         )
         (options.out / "bench_messages.md").write_text("\n".join([about, *lines]) + "\n", "utf-8")
