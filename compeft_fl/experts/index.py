@@ -48,7 +48,7 @@ _Signs = tuple[int, NDArray[np.int64], NDArray[np.uint64]]  # as of a write, of 
 
 
 class Index:
-    """The index of a store; threads share it, each with a connection of its own.
+    """The index of a store; threads share it, and its few connections.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Index:
                 )
 
     def close(self) -> None:
-        """Close the connections of all threads."""
+        """Close its connections."""
         self._connections.close()
 
     @contextlib.contextmanager
