@@ -35,6 +35,9 @@ WORDS = {
 }
 
 
+gc.disable()  # until all is imported, see _modules
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if "not models" in config.option.markexpr and collection_path.name.startswith("test_"):
         return kinds.is_of_models(collection_path) or None
@@ -63,6 +66,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    _modules[0] = len(sys.modules)
+    gc.freeze()
+    gc.enable()
+    _groups_hold(session)
+
+
+def _groups_hold(session: pytest.Session) -> None:
     """Groups hold: an xdist that does not know this pytest leaves them out without a word."""
     if session.config.getoption("loadgroup", False):
         for item in session.items:
@@ -98,6 +108,12 @@ def _state_dir(_states, monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("COMPEFT_FL_STATE_DIR", folder)
     yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def examples_leave_nothing(_states, monkeypatch) -> None:
+    """Examples do not show how the folders that they make are removed."""
+    monkeypatch.setattr(tempfile, "tempdir", _states)
 
 
 @pytest.fixture(scope="session")

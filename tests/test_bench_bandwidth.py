@@ -7,15 +7,21 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from http2 import PREFACE, frames, new_paths
 
 from compeft_fl import codecs
 from compeft_fl.bench import bandwidth, link_runs
 from compeft_fl.bench.link_app import synthetic_layout, synthetic_task_vector
 from compeft_fl.bench.link_model import CodecCost, WayCost, measure, round_seconds
 from compeft_fl.bench.link_runs import LinkPoint, MeasuredRound, Plan, finished, run_plan
+from compeft_fl.deploy.deployment import Deployment, speaks_grpc
+from compeft_fl.deploy.relay import UP, Connection
+
+FLWR = importlib.metadata.version("flwr")
 
 POINT = LinkPoint("golomb", 10.0, 0.0)
 ROUND = MeasuredRound(
@@ -145,14 +151,39 @@ def test_the_files_and_what_they_say(tmp_path, monkeypatch, capsys):
 @pytest.mark.deploy
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(
-    not importlib.metadata.version("flwr").startswith("1.39."), reason="SuperNodes over gRPC"
+    not speaks_grpc(),
+    reason=f"SuperNodes speak gRPC up to flwr 1.39; {FLWR} is installed, whose speak HTTP",
 )
-def test_rounds_over_a_real_deployment_add_up(tmp_path):
+def test_rounds_over_a_real_deployment_are_grpc_and_add_up(tmp_path, monkeypatch):
+    """The command over real processes; without TLS, so that what they say can be read."""
     points = [LinkPoint("golomb", 20.0, 0.01), LinkPoint("dense", 100.0, 0.0)]
-    plan = Plan(points, rounds=1, nodes=2, parameters=8_192)
-    seen = []
-    rounds = run_plan(plan, tmp_path, seen.append)
-    assert rounds == seen == finished(tmp_path)
+    plan = Plan(points, rounds=1, nodes=2, parameters=200_000)
+    monkeypatch.setattr(bandwidth, "_plan", lambda *_: plan)
+    monkeypatch.setattr(bandwidth, "measure", lambda name, size: measure(name, size, repeats=1))
+    monkeypatch.setattr(link_runs, "Deployment", Tapped)
+    rounds: list[MeasuredRound] = []
+
+    def noted(*arguments):
+        rounds.extend(run_plan(*arguments))
+        assert rounds == finished(tmp_path)
+        return rounds
+
+    monkeypatch.setattr(bandwidth, "run_plan", noted)
+    assert bandwidth.run(argparse.Namespace(out=tmp_path, quick=True)) == 0
+
+    (deployment,) = Tapped.made
+    assert deployment.relay is not None
+    carried = [each.up for each in deployment.relay.connections if each.up]
+    assert sorted(map(len, deployment.sent.values())) == sorted(carried)
+    streams = [bytes(stream) for stream in deployment.sent.values()]
+    assert streams
+    assert all(stream.startswith(PREFACE) for stream in streams)
+    paths = [path for stream in streams for path in new_paths(stream)]
+    assert "/flwr.proto.Fleet/PushObject" in paths
+    assert all(path.startswith("/flwr.proto.Fleet/") for path in paths)
+    headers = b"".join(payload for s in streams for kind, payload in frames(s) if kind == 1)
+    assert b"application/grpc" in headers
+
     assert [(each.point.codec, each.warm_up) for each in rounds] == [
         ("golomb", True), ("golomb", False), ("dense", True), ("dense", False),
     ]  # fmt: skip
@@ -167,6 +198,29 @@ def test_rounds_over_a_real_deployment_add_up(tmp_path):
         assert each.seconds > parts / 2
     golomb, dense = rounds[1], rounds[3]
     assert [golomb.point, dense.point] == points
-    assert dense.payload[0] > 2 * 4 * 8_192 > 20 * golomb.payload[0]
+    size = 2 * 4 * synthetic_layout(200_000).num_parameters
+    assert dense.payload[0] > size > 20 * golomb.payload[0]
     assert rounds[0].payload[1] == 0  # the first round: every node makes the start by itself
     assert golomb.payload[1] > 0
+    with (tmp_path / "bandwidth.csv").open(newline="") as file:
+        there = [row for row in csv.DictReader(file) if row["kind"] == "measured"]
+    assert [(row["codec"], int(row["socket_up"])) for row in there] == [
+        (each.point.codec, round(each.socket[0] / 2)) for each in (golomb, dense)
+    ]
+
+
+class Tapped(Deployment):
+    """A deployment without TLS that keeps what its nodes send."""
+
+    made: ClassVar[list[Tapped]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, secure=False, **options)
+        assert self.relay is not None
+        self.sent: dict[int, bytearray] = {}
+        self.relay._tap = self._keep
+        self.made.append(self)
+
+    def _keep(self, node: int, connection: Connection, direction: str, data: bytes) -> None:
+        if direction == UP:
+            self.sent.setdefault(id(connection), bytearray()).extend(data)

@@ -57,6 +57,7 @@ def test_the_front_door_is_short():
 
 
 @pytest.mark.parametrize("name", pages_with("python"))
+@pytest.mark.usefixtures("examples_leave_nothing")
 def test_the_python_of_a_page_runs(name):
     for block in blocks(name, "python"):
         if ">>>" in block:

@@ -149,6 +149,7 @@ print(sorted(heavy & (set(sys.modules) - before)))
 
 
 @pytest.mark.parametrize("name", modules())
+@pytest.mark.usefixtures("examples_leave_nothing")
 def test_examples_in_docstrings_run(name):
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(verbose=False)

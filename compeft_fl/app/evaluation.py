@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from compeft_fl.app import embedded
+from compeft_fl.app.imports import at_once
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line
 
@@ -116,8 +117,9 @@ class Harness:
             Where the model cannot answer such tasks.
         """
         with _quiet(), _randomness_kept(), _without_inventory():
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
+            with at_once():
+                from lm_eval import simple_evaluate
+                from lm_eval.models.huggingface import HFLM
 
             was_training = bool(model.training)
             model.eval()
@@ -180,7 +182,8 @@ def _manager(names: Sequence[str]) -> Any:
 @functools.cache
 def _tasks_known(everything: bool) -> Any:
     """Return a manager of the package's own tasks, or also of all that the harness has."""
-    from lm_eval.tasks import TaskManager
+    with at_once():
+        from lm_eval.tasks import TaskManager
 
     own = str(embedded.path(_EMBEDDED_TASKS))
     return TaskManager(include_path=own, include_defaults=everything)
@@ -238,7 +241,8 @@ def _randomness_kept() -> Iterator[None]:
 @contextmanager
 def _without_inventory() -> Iterator[None]:
     """Keep the harness from asking pip, git and compilers what is here: a second for each score."""
-    from lm_eval import evaluator
+    with at_once():
+        from lm_eval import evaluator
 
     kept = {name: getattr(evaluator, name) for name in _INVENTORY if hasattr(evaluator, name)}
     for name in kept:

@@ -30,6 +30,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
+from compeft_fl.app.imports import at_once
+
 __all__ = ["PROGRAM", "THREADS", "load_kernels", "run", "serve", "write_program"]
 
 PROGRAM: Final = "flwr-clientapp"
@@ -196,10 +198,11 @@ def serve(address: Path) -> NoReturn:
 
 def _preload() -> int:
     """Import; return the number of threads that torch would use by itself."""
-    for module in _PRELOADED:
-        with suppress(ImportError):  # an app of one's own may do without peft
-            import_module(module)
-    _entry_point()
+    with at_once():
+        for module in _PRELOADED:
+            with suppress(ImportError):  # an app of one's own may do without peft
+                import_module(module)
+        _entry_point()
     load_kernels()
     if "torch" not in sys.modules:
         return 0

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
+from compeft_fl.app.imports import at_once
 from compeft_fl.app.server_app import build_strategy, run_folder
 from compeft_fl.app.tasks.base import check_packages
 from compeft_fl.errors import ConfigError
@@ -186,9 +187,10 @@ def _check(config: AppConfig) -> None:
         plain.peft,
         plain.peft_options,
     ):
-        from compeft_fl.app.tasks.model import peft_config  # imports torch and peft
+        with at_once():
+            from compeft_fl.app.tasks.model import peft_config  # imports torch and peft
 
-        peft_config(config)
+            peft_config(config)
 
 
 class _Live:

@@ -11,6 +11,8 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from compeft_fl.app.imports import at_once
+
 if TYPE_CHECKING:
     from compeft_fl.app.config import AppConfig
     from compeft_fl.app.tasks.base import Task
@@ -35,5 +37,11 @@ def prepare(config: AppConfig) -> Task:
         Where data, model or a key of theirs does not fit.
     """
     module, _, name = TASKS[config.task].partition(":")
-    task: Task = getattr(import_module(module), name)(config)
+    with at_once():
+        found = import_module(module)
+        from compeft_fl.app.tasks.whole_network import METHODS
+
+        if config.peft_method not in METHODS:
+            import_module("peft")
+    task: Task = getattr(found, name)(config)
     return task
