@@ -64,7 +64,7 @@ class Downlink:
     link_mbps
         The speed of a node's link in Mbit/s, for codec "auto" alone.
     coarse_start : bool
-        Version 0 is the start in 11 bits or fewer a parameter, 9 with density "auto", 8 where a
+        Version 0 is the start in 11 bits or fewer a parameter, 9 with density "auto", 7 where a
         quarter of it or more is in tensors of zeros (a LoRA before training), for nodes that cannot
         make it.
     seeded : bool

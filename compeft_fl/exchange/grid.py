@@ -27,7 +27,7 @@ _NO_START = 1.0  # stands for the largest value of a start that is all zeros
 _LOWEST, _HIGHEST = -149, 104  # exponents of units that float32 and a steps body hold
 COARSE_BITS = 10  # of a coarse start's values, without the sign
 AUTO_BITS = 8  # and where the first versions are dense enough to bring the rest
-FRESH_BITS = 7  # and where nothing has been trained
+FRESH_BITS = 6  # and where nothing has been trained
 _FRESH_SHARE = 0.25  # of an adapter's parameters that are 0: those of a LoRA's B
 _PIECE = 1 << 20  # values at a time
 

@@ -53,7 +53,7 @@ class DownlinkOptions:
         Which of the largest a delta keeps, see `compeft_fl.compress`.
     first_contact : {"coarse", "snapshot", "seed"}
         What a node gets of which nothing is known. "coarse": the start, in 11 bits or fewer a
-        parameter (8 where a quarter of it is in tensors of zeros, as of a LoRA before training),
+        parameter (7 where a quarter of it is in tensors of zeros, as of a LoRA before training),
         and what came after it; the server takes what was rounded off as not yet sent. "snapshot":
         a lossless one. "seed": only what came after the start, because the node makes the same
         start by itself (``initial_adapter`` of the mod); one whose start differs says so, and gets
