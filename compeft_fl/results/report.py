@@ -88,7 +88,7 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     accuracy = [None if value is None else 100 * value for value in summary["accuracy"]]
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="none")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     by_round.plot(range(len(accuracy)), accuracy, "o-", color=_UP, markersize=4)
     _mark_ends(by_round, accuracy)
@@ -118,13 +118,12 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     by_bytes.xaxis.set_minor_formatter(NullFormatter())
     if by_bytes.lines:
-        figure.legend(
-            frameon=False, loc="outside lower right", ncols=4, fontsize="small", handlelength=3
-        )
+        figure.legend(frameon=False, loc="lower right", ncols=4, fontsize="small", handlelength=3)
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
+    figure.subplots_adjust(**overhead.MARGINS)
     figure.suptitle(_title(summary), fontsize="medium")
     figure.savefig(path, dpi=120)
 
