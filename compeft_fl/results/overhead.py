@@ -40,7 +40,7 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     ledger = summary["ledger"]
-    figure = Figure(figsize=(10, 4.4), layout="none")
+    figure = Figure(figsize=(10, 4.4))
     shown: dict[str, Any] = {}
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (way, title) in zip(panels, _WAYS, strict=True):

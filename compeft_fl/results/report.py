@@ -88,7 +88,7 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     accuracy = [None if value is None else 100 * value for value in summary["accuracy"]]
-    figure = Figure(figsize=(10, 4.4), layout="none")
+    figure = Figure(figsize=(10, 4.4))
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
     by_round.plot(range(len(accuracy)), accuracy, "o-", color=_UP, markersize=4)
     _mark_ends(by_round, accuracy)
