@@ -20,12 +20,12 @@ START_PAIR = 150 << 16
 
 def within(low: int, x: int, high: int) -> int:
     """x, but no less than low and no more than high."""
-    return max(low, min(high, x))
+    return low if x < low else high if x > high else x
 
 
 def bounded(x: int) -> int:
     """A weight in its range."""
-    return within(-(1 << 27), x, 1 << 27)
+    return -134217728 if x < -134217728 else 134217728 if x > 134217728 else x  # 2^27
 
 
 def squash(z: int) -> int:
@@ -96,7 +96,8 @@ class Model:
         c = j if self.s <= 16 else j * 16 // self.s
         r = min(self.n, 15)
         z = self.z0 + self.column[j] + self.table[r][c]
-        z += sum(self.pair.get((a, b), START_PAIR) for b, _ in self.recent)
+        pair, pairs = self.pair, [(a, b) for b, _ in self.recent]
+        z += sum([pair.get(each, START_PAIR) for each in pairs])
         guess = squash(z)
         refined = self.refined[within(0, (z >> 22) + 48, 95)]
         p = within(1, guess + (refined[0] >> 12) >> 1, 65535)
@@ -105,8 +106,8 @@ class Model:
         self.column[j] = bounded(self.column[j] + (error * max(82, 93388 // (i + 76)) >> 4))
         self.table[r][c] = bounded(self.table[r][c] + error * 16)
         change = error * (max(36, 668400 // (i + 400)) * (2048 // (m + 8)) >> 8) >> 4
-        for b, _ in self.recent:
-            self.pair[a, b] = bounded(self.pair.get((a, b), START_PAIR) + change)
+        for each in pairs:
+            pair[each] = bounded(pair.get(each, START_PAIR) + change)
         self.move(refined, bit)
         return bit
 
@@ -116,7 +117,7 @@ class Model:
             hit = self.decide(32768, sign == 1)
             return 1 if hit else -1
         a, m, i = j % 256, min(self.n, 16), self.line
-        z = sum(self.turn.get((a, b), 0) * s for b, s in self.recent)
+        z = sum([self.turn.get((a, b), 0) * s for b, s in self.recent])
         agreed = self.agreed[min(abs(z) >> 23, 31)]
         p = within(1, agreed[0] >> 12, 65535) if z != 0 else 32768
         hit = self.decide(p, (sign == 1) == (z >= 0))

@@ -102,10 +102,8 @@ def seal(serialised: bytes) -> bytes:
 
 def pack_bits(bits: list[int]) -> bytes:
     """Bits to bytes, LSB first, zeros up to the last byte's end."""
-    out = bytearray((len(bits) + 7) // 8)
-    for i, bit in enumerate(bits):
-        out[i >> 3] |= bit << (i & 7)
-    return bytes(out)
+    digits = "".join(["01"[bit] for bit in reversed(bits)])
+    return int("0" + digits, 2).to_bytes((len(bits) + 7) // 8, "little")
 
 
 def scales_field(scales: list[float]) -> bytes:
@@ -127,12 +125,13 @@ def gaps_of(block: list[int]) -> list[int]:
 
 def cost(gaps: list[int], b: int) -> int:
     """How many bits the gaps take in quotients and remainders."""
-    return sum(gap >> b for gap in gaps) + len(gaps) * (b + 1)
+    return sum([gap >> b for gap in gaps]) + len(gaps) * (b + 1)
 
 
 def best_rice(gaps: list[int]) -> int:
     """The b with the fewest bits; of equal ones the smallest."""
-    return min(RICE_PARAMETERS, key=lambda b: (cost(gaps, b), b))
+    longest = max(gaps, default=0).bit_length()  # more are remainders of nothing but zeros
+    return min(RICE_PARAMETERS[: longest + 1], key=lambda b: (cost(gaps, b), b))
 
 
 def golomb_tables(signs: list[int], block_size: int) -> tuple[list[list[int]], list[int]]:

@@ -195,7 +195,8 @@ def test_an_app_may_have_names_of_ours(tmp_path):
         file.write_text(text, encoding="utf-8")
     log = tmp_path / LOG_FILE
     with FlowerSession(tmp_path / "superlink.log") as session:
-        run = session.submit(tmp_path / "crowded", {"num-supernodes": 2})
+        one_at_a_time = {"client-resources-num-cpus": min(2, os.cpu_count() or 1)}
+        run = session.submit(tmp_path / "crowded", {"num-supernodes": 2, **one_at_a_time})
         session.stream_log(run, log).wait(300)  # ends with the run
         while not (status := session.status(run)[0]).startswith("finished"):
             time.sleep(0.5)
