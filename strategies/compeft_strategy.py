@@ -227,6 +227,8 @@ class ComPEFTStrategy(FedAvg):
         """Messages of the next round of training, each with what its node lacks."""
         check_outermost(self)
         self._base = self._broadcaster.base(arrays)
+        if self.ranks is not None and self.ranks.merge == "product":  # errors before a round
+            RankMerge.of(self.ranks, self._base, weighs_cover=self._weighs_cover)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._broadcaster.address(messages, server_round, "train", self._base)
         return messages
