@@ -35,7 +35,7 @@ DIST := build/dist-venv
 # Commands start dozens of processes, and each would compile this project's modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# A core each, and one for the tests that start Flower (tests/kinds.py), which mostly wait.
+# A core each, and one for the tests that start Flower (tests/kinds.py), which wait in between.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 

@@ -163,9 +163,10 @@ def test_rounds_over_a_real_deployment_are_grpc_and_add_up(tmp_path, monkeypatch
     monkeypatch.setattr(link_runs, "Deployment", Tapped)
     rounds: list[MeasuredRound] = []
 
-    def noted(*arguments):
-        rounds.extend(run_plan(*arguments))
-        assert rounds == finished(tmp_path)
+    def noted(plan, out, on_round):
+        seen = []
+        rounds.extend(run_plan(plan, out, lambda each: (seen.append(each), on_round(each))))
+        assert rounds == seen == finished(out)
         return rounds
 
     monkeypatch.setattr(bandwidth, "run_plan", noted)
@@ -210,12 +211,12 @@ def test_rounds_over_a_real_deployment_are_grpc_and_add_up(tmp_path, monkeypatch
 
 
 class Tapped(Deployment):
-    """A deployment without TLS that keeps what its nodes send."""
+    """A deployment without TLS, its clients started cold, that keeps what its nodes send."""
 
     made: ClassVar[list[Tapped]] = []
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, secure=False, **options)
+        super().__init__(*arguments, secure=False, warm=False, **options)
         assert self.relay is not None
         self.sent: dict[int, bytearray] = {}
         self.relay._tap = self._keep

@@ -24,7 +24,7 @@ from compeft_fl.app.tasks.model import load_adapter
 from compeft_fl.cli.main import main
 from compeft_fl.runs import launch
 
-ROUNDS = 5
+ROUNDS = 8
 WEIGHTS = "adapter_model.safetensors"
 
 
