@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_processes import READY, SLEEP, alive, wait_for
+from test_processes import READY, SLEEP, alive, server_over, wait_for
 
 HERE = Path(__file__).parent
 
@@ -75,6 +75,26 @@ def test_nothing_outlives_a_command_that_was_killed(number, tmp_path):
     finally:
         command.kill()
         command.wait()
+
+
+def test_a_server_sees_no_node_end(tmp_path):
+    from compeft_fl.runs.guardian import Guardian
+
+    folder = Path(tempfile.mkdtemp(prefix="cfl-", dir=tmp_path))
+    node = subprocess.Popen([sys.executable, "-c", f"import time; {SLEEP}"])
+    server = subprocess.Popen(server_over(node.pid, tmp_path))
+    try:
+        wait_for(tmp_path / "server")
+        guardian = Guardian(folder)
+        guardian.tell([psutil.Process(node.pid), psutil.Process(server.pid)])
+        guardian._process.stdin.close()
+        assert guardian._process.wait(60) == 0
+        assert (node.wait(60), server.wait(60)) == (-signal.SIGTERM, -signal.SIGKILL)
+        assert not (tmp_path / "merged").exists()
+    finally:
+        for process in (node, server):
+            process.kill()
+            process.wait()
 
 
 def test_a_guardian_that_is_taken_leave_of_touches_nothing(tmp_path):

@@ -59,6 +59,42 @@ def test_who_does_not_listen_is_killed(family, tmp_path):
     assert not alive(pid)
 
 
+# As a ServerApp: it sees a node end, and does not listen itself.
+SERVER = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+folder, node = Path(sys.argv[1]), psutil.Process(int(sys.argv[2]))
+(folder / "server").write_text(str(os.getpid()))
+try:
+    while node.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.001)
+except psutil.NoSuchProcess:
+    pass
+(folder / "merged").touch()
+"""
+
+
+def server_over(node: int, folder) -> list[str]:
+    """A program with the name of Flower's."""
+    program = folder / "flwr-simulation"
+    program.write_text(SERVER)
+    return [sys.executable, str(program), str(folder), str(node)]
+
+
+def test_a_server_sees_no_node_end(family, tmp_path):
+    """It would merge the round without it, and a run that is resumed would be another one."""
+    family.start(script("a"), tmp_path / "log")
+    node = wait_for(tmp_path / "a")
+    family.start(server_over(node, tmp_path), tmp_path / "log")
+    server = wait_for(tmp_path / "server")
+    family.end()
+    assert not alive(node)
+    assert not alive(server)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_orphan_in_a_session_of_its_own_ends(family, tmp_path):
     """Its parent is gone: only the mark in its environment is left."""
     fork = "os.fork() and os._exit(0); os.setsid()"

@@ -6,6 +6,10 @@ processes that it was told of, with all their descendants, and removes the comma
 folder, which may hold keys. It runs in a session of its own, so that neither Ctrl-C nor a closed
 terminal reaches it.
 
+A ServerApp takes nodes that are ended for nodes that fail: it would merge the round without them,
+write a checkpoint, and a run that is resumed would not be the one that it was. So it is ended
+first, and at once; its files are replaced as a whole.
+
 This file is run as a program, by its path: it imports no package but psutil.
 """
 
@@ -17,18 +21,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Final
 
 import psutil
 
-__all__ = ["Guardian", "watch"]
+__all__ = ["Guardian", "alive", "end_servers", "wait_until_ended", "watch"]
 
+_SERVER_PROGRAMS: Final = frozenset({"flwr-serverapp", "flwr-simulation"})
 _LEAVE: Final = b"leave\n"
 _TEMPORARY_PREFIXES: Final = ("cfl-", "compeft-warm-")
 _PATIENCE_SECONDS: Final = 3.0
+_SERVER_SECONDS: Final = 5.0
 _LEAVE_SECONDS: Final = 10.0
+_LOOK_SECONDS: Final = 0.02
 _SAME_SECONDS: Final = 1.0  # births are computed from a clock that may be set
 
 
@@ -109,6 +117,39 @@ def watch(pipe: IO[bytes], folder: Path, mark: str = "") -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def end_servers(processes: Iterable[psutil.Process]) -> None:
+    """End those of some processes in which a ServerApp runs, and wait until they are gone."""
+    servers = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if _SERVER_PROGRAMS.intersection(Path(part).name for part in process.cmdline()[:2]):
+                process.kill()
+                servers.append(process)
+    wait_until_ended(servers, _SERVER_SECONDS)
+
+
+def wait_until_ended(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Wait so many seconds at most until processes have ended; return those that have not.
+
+    One that ended counts also where its parent has not asked for it: in a container without an
+    init, nobody asks for orphans.
+    """
+    until = time.monotonic() + timeout
+    living = [process for process in processes if alive(process)]
+    while living and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
+        living = [process for process in living if alive(process)]
+    return living
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs still."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _end(known: list[psutil.Process], mark: str) -> None:
     """End processes and all that comes of them: politely, and what is left after a while, hard."""
     seen: dict[int, psutil.Process] = {}
@@ -120,10 +161,11 @@ def _end(known: list[psutil.Process], mark: str) -> None:
                     for child in process.children(recursive=True):
                         seen.setdefault(child.pid, child)
         seen.pop(os.getpid(), None)
+        end_servers(seen.values())
         for process in seen.values():
             with contextlib.suppress(psutil.Error):  # neither ends one that has got an old id
                 process.kill() if hard else process.terminate()
-        _, living = psutil.wait_procs(list(seen.values()), timeout=_PATIENCE_SECONDS)
+        living = wait_until_ended(seen.values(), _PATIENCE_SECONDS)
         known = list(seen.values())
         seen = {process.pid: process for process in living}
 

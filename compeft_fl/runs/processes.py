@@ -21,7 +21,7 @@ from typing import Final
 
 import psutil
 
-from compeft_fl.runs.guardian import Guardian
+from compeft_fl.runs.guardian import Guardian, alive, end_servers, wait_until_ended
 
 __all__ = ["ProcessFamily"]
 
@@ -119,7 +119,7 @@ class ProcessFamily:
         in_session: list[tuple[psutil.Process, _Session]] = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.pid in family or not _alive(process):
+                if process.pid in family or not alive(process):
                     continue
                 if _birth(process) > self._born - 1 and self._is_marked(process):
                     family[process.pid] = process
@@ -134,7 +134,9 @@ class ProcessFamily:
         return list(family.values())
 
     def end(self, patience: float = 10.0) -> None:
-        """End the family: politely, those that were started here first; after `patience`, hard.
+        """End the family: ServerApps, then politely those that were started here, then the others.
+
+        After `patience`, hard, as ServerApps at once: see `compeft_fl.runs.guardian`.
 
         Parameters
         ----------
@@ -142,6 +144,7 @@ class ProcessFamily:
             Seconds that processes have to end by themselves.
         """
         members = self.members()
+        end_servers(members)
         for process in self._started:
             if process.poll() is None:
                 process.terminate()
@@ -150,10 +153,10 @@ class ProcessFamily:
                 process.wait(patience / 2)
         members = _living([*members, *self.members()])
         _send(members, hard=False)
-        psutil.wait_procs(members, timeout=patience / 2)
+        wait_until_ended(members, patience / 2)
         while members := _living([*members, *self.members()]):  # again, for what was born meanwhile
             _send(members, hard=True)
-            psutil.wait_procs(members, timeout=1.0)
+            wait_until_ended(members, 1.0)
         for process in self._started:
             process.wait()
 
@@ -259,11 +262,4 @@ def _send(processes: Iterable[psutil.Process], *, hard: bool) -> None:
 
 
 def _living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    return list({process.pid: process for process in processes if _alive(process)}.values())
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return list({process.pid: process for process in processes if alive(process)}.values())
