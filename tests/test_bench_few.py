@@ -48,7 +48,9 @@ def test_few_nodes_a_round_learn_and_are_sent_what_the_strategies_send(tiny_conf
     assert [r.accuracy is None for r in rounds] == [n % 2 == 1 for n in range(7)]
     scored = [n for n in range(7) if n % 2 == 0]
     losses = [summary["loss"][n] for n in scored]
-    assert [rounds[n].loss for n in scored] == pytest.approx(losses, rel=1e-5)
+    of_nodes = [rounds[0].loss, *(rounds[n].shared_loss for n in scored[1:])]  # what a run gives
+    assert of_nodes == pytest.approx(losses, rel=1e-5)
+    assert rounds[6].loss != pytest.approx(losses[-1], rel=1e-3)
 
 
 def test_what_is_drawn_depends_on_seed_and_round_alone(tiny_config):
@@ -165,7 +167,7 @@ def test_the_table_and_the_files(runs, tmp_path, capsys):
     assert list(cells) == ["2-of-20-dense", "2-of-20-grid-0.05", "2-of-20-grid-0.05, each delta"]
     ours = cells["2-of-20-grid-0.05"]
     # Means of the scores after the start: 0.6, 0.6667.
-    assert (ours["seeds"], ours["loss"], ours["nodes' loss"]) == (
+    assert (ours["seeds"], ours["server's loss"], ours["nodes' loss"]) == (
         "2",
         "0.633 ± 0.047",
         "0.533 ± 0.047",
@@ -176,7 +178,7 @@ def test_the_table_and_the_files(runs, tmp_path, capsys):
     assert (ours["missed 10"], ours["joins"], ours["joins at 50"]) == ("2.00", "4.00", "4.00")
     assert ours["down, of dense"] == f"1/{4000 * 12 / 1800:.1f}"
     chain = cells["2-of-20-grid-0.05, each delta"]
-    assert (chain["down"], chain["loss"], chain["joins"]) == ("7.8 kB", "-", "-")
+    assert (chain["down"], chain["server's loss"], chain["joins"]) == ("7.8 kB", "-", "-")
     said = capsys.readouterr().out
     told = "-0.067 of loss (-0.100, -0.033), +6.7 points"
     assert f"2-of-20-grid-0.05 against 2-of-20-dense: {told}; the nodes' copies {told}." in said

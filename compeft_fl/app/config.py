@@ -271,6 +271,12 @@ class AppConfig:
     downlink_support: str = _key(
         "best", "which are kept on the way down, as support", choices=SUPPORTS
     )
+    result: str = _key(
+        "auto",
+        "what is scored and saved: the server's own adapter, or what nodes have of it; auto: the "
+        "nodes' where fewer than half of them train in a round",
+        choices=("auto", "server", "nodes"),
+    )
 
     rounds: int = _key(10, "rounds", low=0)
     min_nodes: int = _key(2, "nodes to wait for before a round", low=1)

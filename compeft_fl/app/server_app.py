@@ -197,6 +197,7 @@ def build_strategy(config: AppConfig, observer: strategies.RoundObserver) -> Str
         energy=config.downlink_energy,
         scale=config.downlink_scale,
         support=config.downlink_support,
+        result=None if config.result == "auto" else config.result,
         first_contact="seed" if config.downlink == "compressed" else "snapshot",
     )
     if config.strategy.startswith(COMPRESSED_PREFIX):

@@ -76,8 +76,8 @@ class Case:
 
 CASES: Final = {
     "2-of-20": Case(20, 2, 60, tuple(STEPS), 3, tenth=True),
-    "5-of-50": Case(50, 5, 20, ("",), 2, coarse_start=True),
-    "2-of-20-last-layer": Case(20, 2, 60, ("",), 6, DENSITIES[:1], in_layer=True),
+    "5-of-50": Case(50, 5, 20, ("", "step-1.5"), 2, coarse_start=True),
+    "2-of-20-last-layer": Case(20, 2, 60, ("", "step-1.5"), 6, DENSITIES[:1], in_layer=True),
 }
 
 

@@ -19,7 +19,7 @@ LATE: Final = 50  # the round of a late joiner; of shorter runs, the last
 LAST: Final = 7  # scores whose mean is a run's result: few nodes a round make it swing
 CHAIN: Final = ", each delta"
 HEADS: Final = (
-    "setting", "seeds", "accuracy", "loss", "nodes' accuracy", "nodes' loss",
+    "setting", "seeds", "server's accuracy", "server's loss", "nodes' accuracy", "nodes' loss",
     "up", "down", "down, of dense", "both, of dense",
     "bits a visit", f"missed {LONG_ABSENCE}", "joins", f"joins at {LATE}",
 )  # fmt: skip
@@ -151,8 +151,9 @@ def _notes(runs: Sequence[Run]) -> str:
         f"{len(runs)} runs, {sum(run.seconds for run in runs) / 60:.0f} minutes of a core. "
         f"Accuracy and loss: test split, means of a run's last {LAST} scores, mean and standard "
         "deviation over seeds; first of the server's adapter, then of the copy that nodes have, "
-        "which lacks what has not gone down yet. Settings of one seed draw the same nodes. Bytes: "
-        "updates of all nodes. Dense: the adapter in float32 to and from each node of a round. "
+        "which lacks what has not gone down yet, and is what a run gives. Settings of one seed "
+        "draw the same nodes. Bytes: updates of all nodes. Dense: the adapter in float32 to and "
+        "from each node of a round. "
         "Bits: a parameter, of what a node is sent on a visit; of one that has missed "
         f"{LONG_ABSENCE} versions; of one of which nothing is known: means over all rounds, and in "
         f"round {LATE} or the last. "

@@ -45,6 +45,8 @@ class Base:
     cuts : mapping of int to Cut or None
         How the ranks that replies may be of lie in it, see `MixedRanks.cuts`; empty: all nodes have
         all of it.
+    shared : ndarray of float32, shape (d,), or None
+        What nodes have of the adapter, until the next version; None: they have it as it is.
 
     Raises
     ------
@@ -68,6 +70,7 @@ class Base:
         self.adapter.check_finite()
         self.layout: Layout = self.adapter.layout
         self.cuts: Mapping[int, Cut | None] = {}
+        self.shared: NDArray[np.float32] | None = None
 
     def read(
         self, parts: Sequence[bytes], said: int = 0
@@ -138,6 +141,15 @@ class Base:
             TaskVector.from_dict(self.apart.trained(moved)).check_finite()
         others = {**self.apart.values, **(carried or {})}
         return to_arrays({n: moved[n] if n in moved else others[n] for n in self.state})
+
+    def of_nodes(self) -> ArrayRecord:
+        """The adapter as nodes have it, one Array per tensor, of the data types that it had."""
+        if not self.version or self.shared is None:  # the start is what it is
+            return self.arrays
+        had = TaskVector(self.layout, self.shared).to_dict()
+        return to_arrays(
+            {n: had[n].astype(old.dtype) if n in had else old for n, old in self.state.items()}
+        )
 
     def norm_to(self, arrays: ArrayRecord) -> float:
         """How far arrays that `moved_by` made are from the adapter, rounded as they are."""

@@ -128,6 +128,7 @@ class Broadcaster:
                 log_lag(self._downlink, base.adapter, self._base.adapter if self._base else None)
             self.transfers.encoded(time.perf_counter() - started)
             base.version, base.cuts = self._downlink.version, self._cut_map
+            base.shared = self._downlink.shared
             self.transfers.carried_bytes = sum(v.nbytes for v in base.apart.carried.values())
             self._base = base
         return self._base
@@ -440,7 +441,7 @@ class Broadcaster:
         self._carried = Versions(base.apart)
         self._carried.restore(state.get("carried", {}))
         self._cut_for(base)
-        base.cuts = self._cut_map
+        base.cuts, base.shared = self._cut_map, self._downlink.shared
         self._base = base
         self.federation = str(state["federation"])
         self._nodes.restore(state["nodes"])

@@ -18,6 +18,7 @@ __all__ = [
     "DENSITY",
     "DENSITY_FEW",
     "FEW",
+    "RESULTS",
     "DownlinkOptions",
     "log_lag",
     "say_carried",
@@ -27,6 +28,7 @@ __all__ = [
 DENSITY, DENSITY_FEW = 0.2, 0.1
 FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
+RESULTS = ("server", "nodes")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ class DownlinkOptions:
         a lossless one. "seed": only what came after the start, because the node makes the same
         start by itself (``initial_adapter`` of the mod); one whose start differs says so, and gets
         the snapshot.
+    result : {"server", "nodes"}, optional
+        What a run is scored by, and gives: the server's own adapter, or what nodes have of it,
+        which lacks what has not gone down yet. Where few nodes train in a round, the server's own
+        swings with each of them, and what nodes have is the better one (``compeft-fl bench few``).
+        Default: "server", or "nodes" where fewer than half of the nodes train in a round.
 
     Raises
     ------
     ParameterError
-        An unknown first contact; the others are checked where they are used.
+        An unknown first contact or result; the others are checked where they are used.
     """
 
     codec: str = "golomb"
@@ -72,6 +79,7 @@ class DownlinkOptions:
     link_mbps: float | None = None
     support: str = "best"
     energy: float = DOWN_ENERGY
+    result: str | None = None
 
     def __post_init__(self) -> None:
         if self.first_contact not in FIRST_CONTACTS:
@@ -79,12 +87,19 @@ class DownlinkOptions:
                 f"expected first_contact among {', '.join(FIRST_CONTACTS)}; "
                 f"found {self.first_contact!r}"
             )
+        if self.result not in (None, *RESULTS):
+            raise ParameterError(
+                f"expected a result among {', '.join(RESULTS)}; found {self.result!r}"
+            )
 
     def among(self, share: float) -> DownlinkOptions:
         """These options where such a share of the nodes trains in a round, 0 to 1."""
-        if self.density is not None:
-            return self
-        return replace(self, density=AUTO if share >= FEW else DENSITY_FEW)
+        density, result = (AUTO, "server") if share >= FEW else (DENSITY_FEW, "nodes")
+        return replace(
+            self,
+            density=density if self.density is None else self.density,
+            result=self.result or result,
+        )
 
     def make(self, adapter: TaskVector) -> Downlink:
         """The way down of a federation that starts from an adapter."""

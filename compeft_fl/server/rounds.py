@@ -102,6 +102,8 @@ def run_rounds(
     Returns
     -------
     flwr.serverapp.strategy.Result
+        Its arrays, and what ``evaluate_fn`` gets, are the server's own adapter or what nodes have
+        of it: `DownlinkOptions.result`.
 
     Raises
     ------
@@ -166,6 +168,7 @@ def run_rounds(
         )  # fmt: skip
     if kept.folder is None:  # else more rounds can go on from where this run ends
         forget_federation(broadcaster.federation)
+    result.arrays = _given(outcomes, result.arrays)
     log_result(result, time.time() - started)
     outcomes.check(result)
     return result
@@ -196,8 +199,15 @@ def _finish_round(
     outcomes.close()
     _note(result.evaluate_metrics_clientapp, server_round, metrics, "aggregated metrics")
     if evaluate_fn:
-        metrics = evaluate_fn(server_round, arrays)
+        metrics = evaluate_fn(server_round, _given(outcomes, arrays))
         _note(result.evaluate_metrics_serverapp, server_round, metrics, "global evaluation")
+
+
+def _given(outcomes: Outcomes, arrays: ArrayRecord) -> ArrayRecord:
+    """What a run gives of the global adapter: the server's own, or what nodes have of it."""
+    if outcomes.broadcaster.options.result != "nodes":
+        return arrays
+    return outcomes.broadcaster.base(arrays).of_nodes()
 
 
 def _note(
