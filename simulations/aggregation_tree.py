@@ -183,7 +183,8 @@ def combined(
 
 def run_tree(options: argparse.Namespace, method: str) -> tuple[Any, list[Hop], float]:
     """Start the tree, be its root; the root's accumulator, the hops, and the seconds in all."""
-    context = multiprocessing.get_context("spawn")
+    ways = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     hops: Queue[Hop] = context.Queue()
     processes = []
 

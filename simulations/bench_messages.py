@@ -41,6 +41,7 @@ NODES, PER_ROUND, ROUNDS = 20, 2, 3
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
 RANKS = {"40m": 16, "160m": 64, "10m": 16}
 SEED = 7
+START = "start.npy"  # drawn once, for the server and all nodes
 RETURNING = 24  # with it Flower draws two nodes twice
 
 
@@ -89,8 +90,8 @@ def _status(key: str) -> int:
 # --- a node -----------------------------------------------------------------------------------
 
 
-def synthetic_task(config: Any, shapes: Mapping[str, tuple[int, int]]) -> Any:
-    """A task whose model is the adapter alone, and whose training adds noise to it."""
+def synthetic_task(config: Any, shapes: Mapping[str, tuple[int, int]], start: Path) -> Any:
+    """A task whose model is the adapter alone, as it lies in a file; training adds noise to it."""
     import torch
 
     from compeft_fl.app.tasks.base import Score, Task, TrainResult
@@ -101,12 +102,11 @@ def synthetic_task(config: Any, shapes: Mapping[str, tuple[int, int]]) -> Any:
 
         def __init__(self) -> None:
             super().__init__(config)
-            rng = np.random.default_rng(SEED)
-            self.tensors = {}
+            values, self.tensors = np.load(start), {}
             for name, shape in shapes.items():
-                start = rng.normal(0, 0.02, shape) if "lora_A" in name else np.zeros(shape)
-                self.tensors[name] = torch.from_numpy(start.astype(np.float32))
-                self.tensors[name] = self.tensors[name].to(torch.bfloat16).float()
+                size = shape[0] * shape[1]
+                self.tensors[name] = torch.from_numpy(values[:size].reshape(shape))
+                values = values[size:]
 
         @property
         def device(self) -> torch.device:
@@ -161,22 +161,22 @@ def warm_up() -> None:
         cf.decode(blob).to_task_vector().apply(tau.to_dict())
 
 
-def node_process(pipe: Connection, partition: int, size: str, state: str) -> None:
+def node_process(pipe: Connection, partition: int, nodes: int, size: str, folder: Path) -> None:
     """Answer messages; with each reply goes what it took."""
-    os.environ["COMPEFT_FL_STATE_DIR"] = state
+    os.environ["COMPEFT_FL_STATE_DIR"] = str(folder / str(partition))
     identify()
     from compeft_fl.app import client_app
     from compeft_fl.app.config import AppConfig
 
     config = AppConfig()
     warm_up()
-    task = synthetic_task(config, layout(size))
+    task = synthetic_task(config, layout(size), folder / START)
     model = resident()  # what a node has without a federation
     client_app.keep(config, task)
     context = Context(
         run_id=1,
         node_id=1001 + partition,
-        node_config={"partition-id": partition, "num-partitions": NODES},
+        node_config={"partition-id": partition, "num-partitions": nodes},
         state=RecordDict(),
         run_config=config.to_run_config(),
     )
@@ -196,8 +196,8 @@ def node_process(pipe: Connection, partition: int, size: str, state: str) -> Non
 class ProcessGrid(Grid):
     """Nodes that are processes, started when they are first asked."""
 
-    def __init__(self, size: str, folder: Path) -> None:
-        self._size, self._folder = size, folder
+    def __init__(self, size: str, nodes: int, folder: Path) -> None:
+        self._size, self._nodes, self._folder = size, nodes, folder
         self._pipes: dict[int, tuple[Connection, Any]] = {}
         self._waiting: dict[str, tuple[int, Message]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -216,7 +216,7 @@ class ProcessGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """All nodes."""
-        return [1001 + index for index in range(NODES)]
+        return [1001 + index for index in range(self._nodes)]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Keep messages until their replies are pulled."""
@@ -261,14 +261,16 @@ class ProcessGrid(Grid):
             ours, theirs = multiprocessing.Pipe()
             made = multiprocessing.get_context("spawn").Process(
                 target=node_process,
-                args=(theirs, node - 1001, self._size, str(self._folder / str(node))),
+                args=(theirs, node - 1001, self._nodes, self._size, self._folder),
             )
             made.start()
             self._pipes[node] = ours, made
         return self._pipes[node][0]
 
 
-def measure(size: str, per_round: int = PER_ROUND) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(
+    size: str, nodes: int = NODES, per_round: int = PER_ROUND
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run three rounds; a row for each message, and what the server took."""
     identify()
     warm_up()
@@ -283,13 +285,15 @@ def measure(size: str, per_round: int = PER_ROUND) -> tuple[list[dict[str, Any]]
     parameters = sum(value.size for value in initial.values())
     random.seed(RETURNING)
     strategy = ComPEFTAverage(
-        fraction_train=per_round / NODES,
+        fraction_train=per_round / nodes,
         fraction_evaluate=0.0,
-        min_available_nodes=NODES,
+        min_available_nodes=nodes,
         observer=RoundCounts(),
     )
     with tempfile.TemporaryDirectory() as folder:
-        grid = ProcessGrid(size, Path(folder))
+        grid = ProcessGrid(size, nodes, Path(folder))
+        with (Path(folder) / START).open("wb") as file:
+            np.save(file, np.concatenate([value.ravel() for value in initial.values()]))
         arrays = to_arrays(initial)
         del initial
         before, started = resident(), time.perf_counter()
@@ -323,6 +327,7 @@ def main() -> int:
         "--more", type=int, default=10, metavar="N",
         help="the server with N nodes a round as well, of the first size; 0: not",
     )  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=NODES, metavar="N", help="of which 2 a round")
     parser.add_argument("--out", type=Path, metavar="DIR")
     options = parser.parse_args()
     heads = ["size", "round", "node", "MB down", "MB up", "of float32", "seconds", "copies"]
@@ -330,7 +335,7 @@ def main() -> int:
     for head in heads:
         table.add_column(head, justify="right")
     for size in options.sizes.split(","):
-        rows, server = measure(size)
+        rows, server = measure(size, options.nodes)
         whole = 4 * server["parameters"]
         for row in rows:
             cells = [
@@ -342,7 +347,7 @@ def main() -> int:
             lines.append("| " + " | ".join(cells) + " |")
         servers = {PER_ROUND: server}
         if options.more and size == options.sizes.split(",")[0]:  # nodes take memory too
-            servers[options.more] = measure(size, options.more)[1]
+            servers[options.more] = measure(size, options.nodes, options.more)[1]
         for nodes, each in servers.items():
             cells = [
                 size, "all", f"server, {nodes} nodes a round", "", "", "",
@@ -355,9 +360,10 @@ def main() -> int:
         about = (
             "`python simulations/bench_messages.py --out simulations/results` "
             f"({platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}): {PER_ROUND} "
-            f"of {NODES} nodes, {ROUNDS} rounds, density 0.1. A copy is the adapter in float32, 4 "
-            "bytes a parameter. Of a node: what a message took beyond its model, with the adapter "
-            "in it. Of the server: all that the rounds took beyond the adapter that it began with. "
+            f"of {options.nodes} nodes, {ROUNDS} rounds, density 0.1. A copy is the adapter in "
+            "float32, 4 bytes a parameter. Of a node: what a message took beyond its model, with "
+            "the adapter in it. Of the server: all that the rounds took beyond the adapter that it "
+            "began with. "
             "Seconds of the server are without its nodes'.\n"
         )
         (options.out / "bench_messages.md").write_text("\n".join([about, *lines]) + "\n", "utf-8")

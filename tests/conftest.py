@@ -34,6 +34,7 @@ WORDS = {
     "numbers": ["one", "two", "three", "four", "five", "six", "seven"],
 }
 
+_LONGEST_ID = 200
 
 gc.disable()  # until all is imported, see _modules
 
@@ -63,6 +64,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group.partition("::")[0]
 
     return ByFile(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A megabyte of zeros is not spelled out in a test's name, which workers tell many times."""
+    if not isinstance(val, str | bytes) or len(val) <= _LONGEST_ID:
+        return None
+    return f"{val[:20]!r} and so on, {len(val)} in all"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

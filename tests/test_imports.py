@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import types
 
 import pytest
+import torch
 
-from compeft_fl.app.imports import at_once
+from compeft_fl.app import imports
+from compeft_fl.app.imports import at_once, import_peft
 
 
 @pytest.fixture
@@ -43,3 +46,38 @@ def test_who_has_stopped_the_collector_keeps_it_stopped():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_is_compiled_while_peft_is_imported_is_so_at_its_first_call(unfrozen):
+    asked = []
+
+    def compiler(function, **options):
+        asked.append(options)
+        return lambda *arguments, **more: ("compiled", function(*arguments, **more))
+
+    @functools.partial(imports._compiled_later, compiler, dynamic=False)
+    def double(value, *, plus=0):
+        """Twice a value."""
+        return 2 * value + plus
+
+    assert asked == []
+    assert double.__doc__ == "Twice a value."
+    assert [double(3), double(4, plus=1)] == [("compiled", 6), ("compiled", 9)]
+    assert asked == [{"dynamic": False}]  # once
+    # As a decorator with options; what is no function is left to the compiler, at once.
+    half = imports._compiled_later(compiler, dynamic=True)(lambda value: value / 2)
+    assert (half(4), asked[1:]) == (("compiled", 2.0), [{"dynamic": True}])
+    imports._compiled_later(compiler, print)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_torch_s_compiler_is_back_after_peft(installed, monkeypatch, unfrozen):
+    compiler = torch.compile
+    if installed:
+        import_peft()
+    else:
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ImportError):
+            import_peft()
+    assert torch.compile is compiler

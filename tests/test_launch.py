@@ -155,7 +155,8 @@ def test_a_run_completes_and_leaves_nothing_but_its_folder(whole, tiny_config):
 
 @pytest.mark.ray
 def test_a_run_that_fails_says_why_and_leaves_nothing(scenario, tmp_path):
-    run = Watched(str(scenario), "learning-rate=1e30", ONE_AT_A_TIME, folder=tmp_path)
+    wrong = ("learning-rate=1e30", "rounds=2")
+    run = Watched(str(scenario), *wrong, ONE_AT_A_TIME, folder=tmp_path)
     code, out, err = run.end()
     assert code == 1
     assert run.left() == []

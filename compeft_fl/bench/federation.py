@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compeft_fl import codecs, merging
+from compeft_fl.app.imports import at_once, import_peft
 from compeft_fl.codecs.auto import codec_of
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import Downlink
@@ -326,9 +327,11 @@ class Federation:
     def __init__(
         self, setting: Setting, config: AppConfig, num_nodes: int, kept: Path | None = None
     ) -> None:
-        from compeft_fl.app.tasks import data, model
-        from compeft_fl.bench.frozen import keep_below_adapter, put_on_top
+        with at_once():
+            from compeft_fl.app.tasks import data, model
+            from compeft_fl.bench.frozen import keep_below_adapter, put_on_top
 
+            import_peft()
         self.setting, self.config, self.num_nodes = setting, config, num_nodes
         self._rows = data.load(config)
         self._classifier = model.build(config, self._rows)

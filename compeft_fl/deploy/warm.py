@@ -30,7 +30,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
-from compeft_fl.app.imports import at_once
+from compeft_fl.app.imports import at_once, import_peft
 
 __all__ = ["PROGRAM", "THREADS", "load_kernels", "run", "serve", "write_program"]
 
@@ -41,7 +41,6 @@ THREADS: Final = {"MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_
 _PRELOADED: Final = (
     "compeft_fl.app.client_app",
     "compeft_fl.app.tasks.training",
-    "peft",
 )
 _ACCEPTED: Final = b"+"
 _LENGTH_BYTES: Final = 4
@@ -199,9 +198,10 @@ def serve(address: Path) -> NoReturn:
 def _preload() -> int:
     """Import; return the number of threads that torch would use by itself."""
     with at_once():
-        for module in _PRELOADED:
-            with suppress(ImportError):  # an app of one's own may do without peft
+        with suppress(ImportError):  # an app of one's own may do without peft
+            for module in _PRELOADED:
                 import_module(module)
+            import_peft()
         _entry_point()
     load_kernels()
     if "torch" not in sys.modules:

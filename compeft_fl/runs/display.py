@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
-from compeft_fl.app.imports import at_once
+from compeft_fl.app.imports import at_once, import_peft
 from compeft_fl.app.server_app import build_strategy, run_folder
 from compeft_fl.app.tasks.base import check_packages
 from compeft_fl.errors import ConfigError
@@ -188,8 +188,9 @@ def _check(config: AppConfig) -> None:
         plain.peft_options,
     ):
         with at_once():
-            from compeft_fl.app.tasks.model import peft_config  # imports torch and peft
+            from compeft_fl.app.tasks.model import peft_config
 
+            import_peft()
             peft_config(config)
 
 

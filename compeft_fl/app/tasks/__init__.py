@@ -11,7 +11,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from compeft_fl.app.imports import at_once
+from compeft_fl.app.imports import at_once, import_peft
 
 if TYPE_CHECKING:
     from compeft_fl.app.config import AppConfig
@@ -42,6 +42,6 @@ def prepare(config: AppConfig) -> Task:
         from compeft_fl.app.tasks.whole_network import METHODS
 
         if config.peft_method not in METHODS:
-            import_module("peft")
+            import_peft()
     task: Task = getattr(found, name)(config)
     return task
