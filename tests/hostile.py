@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 
@@ -27,6 +28,7 @@ TERMS = [
 REST = [0] * 320 + [1, -1] * 40, [0.5]
 
 
+@functools.cache
 def bodies():
     """A valid body of each field of the format, as its protobuf message."""
     golomb, bitmask, dense = update_pb2.GolombTernary, update_pb2.BitmaskTernary, update_pb2.Dense

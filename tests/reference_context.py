@@ -216,14 +216,17 @@ class Writer:
 def write(signs: list[int], shapes: Shapes, offset: int, flat: bool | None = None) -> Any:
     """(flat, code) of parameters offset ..., given as -1, 0 and 1; flat as a writer chooses."""
     d, known = len(signs), {offset + i: sign for i, sign in enumerate(signs) if sign}
-    codes = []
-    for kind in (False, True):
+
+    def code_of(kind: bool) -> bytes:
         writer = Writer()
         Model(len(known), d, kind, writer.decide).walk(shapes, offset, d, len(known), known)
-        codes.append(writer.code())
-    if flat is None:
-        flat = len(codes[0]) > (d + len(known) + 7) // 8
-    return flat, codes[flat]
+        return writer.code()
+
+    if flat is not None:
+        return flat, code_of(flat)
+    learned = code_of(False)
+    flat = len(learned) > (d + len(known) + 7) // 8
+    return flat, code_of(True) if flat else learned
 
 
 def read(

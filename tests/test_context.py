@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from pathlib import Path
@@ -179,10 +180,15 @@ def test_where_there_is_nothing_to_learn_little_is_lost(shape, density):
 # --- what a decoder rejects -------------------------------------------------------------------
 
 
+@functools.cache
+def written_of(signs):
+    return reference_context.write(signs, [shape for _, shape, _ in TENSORS], 0)
+
+
 def context_of(signs, **changes):
     """A valid context update of these signs, with some fields changed."""
     message = valid("context")
-    flat, code = reference_context.write(signs, [shape for _, shape, _ in TENSORS], 0)
+    flat, code = written_of(tuple(signs))
     message.context.num_nonzeros = sum(sign != 0 for sign in signs)
     message.context.flat, message.context.code = flat, code
     for name, value in changes.items():
