@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted_pieces import count
 
 from compeft_fl.bench import paper, paper_report
 from compeft_fl.bench.paper_experts import Expert, Plan, scorer_of, train
 from compeft_fl.bench.paper_pieces import Piece, chosen, measure
 from compeft_fl.cli.main import main
 from compeft_fl.errors import CompeftError, ParameterError
-
-
-def count(file: Path, result: dict | None) -> dict:
-    with file.open("a") as opened:
-        opened.write("x")
-    if result is None:
-        raise CompeftError("this method does not fit")
-    return dict(result)
 
 
 def pieces_of(folder: Path, number: int = 3, depends: str = "") -> list[Piece]:

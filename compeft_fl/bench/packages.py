@@ -52,6 +52,8 @@ def load(module: str) -> ModuleType:
     package = module.partition(".")[0]
     if reason := why_missing(package):
         raise MissingPackageError(f"{module} {reason}")
+    if module in sys.modules:  # asked for with every array: below, all loggers are told of it
+        return sys.modules[module]
     # bitsandbytes warns there that a faster matrix product of another package is not at hand.
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
