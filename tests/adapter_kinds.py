@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 QV = ["q_proj", "v_proj"]
@@ -65,11 +67,21 @@ def config(method: str, **options: Any) -> Any:
 
 
 def base_model() -> Any:
-    """A two-layer Llama with random weights, the same each time."""
+    """A two-layer Llama with random weights, the same each time, as is what is drawn after it."""
+    import torch
+
+    model, drawn = _built()
+    torch.set_rng_state(drawn)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _built() -> tuple[Any, Any]:
+    """The model, and the state of torch's generator behind it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval(), torch.get_rng_state()
