@@ -26,7 +26,15 @@ from compeft_fl.server.downlink_options import DownlinkOptions
 from compeft_fl.strategies import ComPEFTAverage
 
 ROOT = Path(__file__).parents[1]
-DENSITIES = (None, 0.08, 0.05)  # down; None: the default
+# Each lever: options of the way down, and the server's step; the first is the default.
+LEVERS = {
+    "default": ({}, 1.0),
+    "the server's own": ({"result": "server"}, 1.0),
+    "step 1.5": ({}, 1.5),
+    "step 1.5, the server's own": ({"result": "server"}, 1.5),
+    "0.1 down": ({"density": 0.1}, 1.0),
+    "0.05 down": ({"density": 0.05}, 1.0),
+}
 
 
 def main() -> None:
@@ -43,14 +51,16 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
-    def loss(draw: int, density: float | None, *mods: CompressionMod) -> float:
+    def loss(draw: int, lever: str = "", *mods: CompressionMod) -> float:
         """The test loss after the last round."""
         random.seed(draw)
         grid = LocalGrid(template.client_app(*mods), template.NODES)
         keys = template.options()
         if mods:
-            downlink = DownlinkOptions(density=density)
-            strategy = template.flowertune(ComPEFTAverage)(**keys, downlink=downlink)
+            down, step = LEVERS[lever]
+            strategy = template.flowertune(ComPEFTAverage)(
+                **keys, downlink=DownlinkOptions(**down), server_learning_rate=step
+            )
         else:
             strategy = template.flowertune(FedAvg)(**keys)
         with tempfile.TemporaryDirectory() as folder:
@@ -63,15 +73,17 @@ def main() -> None:
     before = float(template.loss_of(template.ArrayRecord(start)))
     rows, gains = [], []
     for draw in range(1, options.draws + 1):
-        dense = loss(draw, None)
-        ours = [loss(draw, density, CompressionMod()) for density in DENSITIES]
+        dense = loss(draw)
+        ours = [loss(draw, lever, CompressionMod()) for lever in LEVERS]
         gains.append([100 * (before - each) / (before - dense) for each in ours])
         rows.append([str(draw), f"{dense:.2f}", *(f"{gain:.0f} %" for gain in gains[-1])])
         print(*rows[-1], flush=True)
     rows.append(["mean", "", *(f"{gain:.0f} %" for gain in np.mean(gains, axis=0))])
-    names = ["default" if each is None else f"{each:g} down" for each in DENSITIES]
-    heads = ["draw of nodes", "dense: loss", *names]
-    note = f"Loss at the start: {before:.2f}. The others: their part of what dense links gain."
+    heads = ["draw of nodes", "dense: loss", *LEVERS]
+    note = (
+        f"Loss at the start: {before:.2f}. The others: their part of what dense links gain, by "
+        "what nodes have of the adapter, but where it says the server's own."
+    )
     results.write_markdown(
         options.out / "template.md", "python simulations/bench_template.py", heads, rows, note
     )

@@ -254,7 +254,7 @@ class AppConfig:
     downlink_density: str | float = _key(
         0.0,
         "greatest part of the parameters that a change on the way down keeps, or auto; 0: 0.2, or "
-        "0.1 where fewer than half of the nodes train in a round",
+        "0.07 where fewer than half of the nodes train in a round",
         kind="number or auto",
         low=0,
         high=1,

@@ -28,7 +28,7 @@ from compeft_fl.server.downlink_options import DENSITY_FEW
 __all__ = ["jobs_of", "run", "settings"]
 
 SEEDS: Final = (42, 43, 44)
-DENSITIES: Final = (DENSITY_FEW, 0.08, 0.05, 0.2, 0.02)  # down; the default first
+DENSITIES: Final = (DENSITY_FEW, 0.1, 0.05, 0.2, 0.02)  # down; the default first
 STEPS: Final[dict[str, tuple[float, float]]] = {
     "": (1.0, 0.0),
     "step-0.5": (0.5, 0.0),
@@ -77,7 +77,7 @@ class Case:
 CASES: Final = {
     "2-of-20": Case(20, 2, 60, tuple(STEPS), 3, tenth=True),
     "5-of-50": Case(50, 5, 20, ("", "step-1.5"), 2, coarse_start=True),
-    "2-of-20-last-layer": Case(20, 2, 60, ("", "step-1.5"), 6, DENSITIES[:1], in_layer=True),
+    "2-of-20-last-layer": Case(20, 2, 60, ("", "step-1.5"), 6, DENSITIES[:2], in_layer=True),
 }
 
 

@@ -231,16 +231,17 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     cases = list(dict.fromkeys(run.case for run in runs))
-    figure = Figure(figsize=(13, 4.4 * len(cases) + 1.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.4 * len(cases) + 1.2), layout="constrained")
     grid = figure.subplots(len(cases), 3, squeeze=False)
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = (*colours[::2], *colours[1::2])  # the strong ones first
     kinds = list(dict.fromkeys(run.name.removeprefix(run.case + "-") for run in runs))
     for case, axes in zip(cases, grid, strict=True):
         groups = _groups([run for run in runs if run.case == case])
         for name, group in groups.items():
             kind = name.removeprefix(case + "-")
             style = {
-                "color": colours[kinds.index(kind) % 10],
+                "color": colours[kinds.index(kind) % len(colours)],
                 "linestyle": "--" if group[0].dense else "-",
                 "marker": "s" if group[0].dense else "o",
                 "markersize": 3,
@@ -256,9 +257,9 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
             axes[0].plot(scored, loss, label=label, **style)
             axes[1].plot(scored, [100 * each for each in accuracy], **style)
             axes[2].plot(both, loss, **style)
-        axes[0].set(
-            title=case.replace("-", " ") + " nodes a round", ylabel="test loss of nodes' copies"
-        )
+        few, _, where = case.replace("-", " ").partition(" last ")
+        title = f"{few} nodes a round" + (f", LoRA in the last {where}" if where else "")
+        axes[0].set(title=title, ylabel="test loss of nodes' copies")
         axes[1].set(ylabel="test accuracy (%)")
         axes[2].set(xscale="log", ylabel="test loss", xlabel="bytes so far, both ways (log scale)")
         axes[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
@@ -267,5 +268,9 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
         for each in axes:
             each.grid(alpha=0.25)
             each.spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False, fontsize="small")
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[2].legend(
+            handles, labels, frameon=False, fontsize="small",
+            loc="upper left", bbox_to_anchor=(1.02, 1.0),
+        )  # fmt: skip
     figure.savefig(path, dpi=110)

@@ -117,7 +117,7 @@ def run(out: Path, command: str, quick: bool) -> None:
     few = _QUICK if quick else _FEW
     cases = [(NODES_A_ROUND, few, DENSITY)]
     if not quick:  # what a node lacks depends on how long it was away, so few rounds say little
-        cases += [(NODES, ROUNDS, each) for each in (0.05, DENSITY_FEW, DENSITY)]
+        cases += [(NODES, ROUNDS, each) for each in (0.05, DENSITY_FEW, 0.1, DENSITY)]
     dense = 4 * layout.num_parameters * NODES_A_ROUND * ROUNDS
     rows = [
         _row("dense fp32", "derived", Traffic(ROUNDS, dense, dense), 2 * dense),

@@ -25,7 +25,7 @@ __all__ = [
     "warn_of_huge_values",
 ]
 
-DENSITY, DENSITY_FEW = 0.2, 0.1
+DENSITY, DENSITY_FEW = 0.2, 0.07
 FEW = 0.5  # of the nodes in a round: below, what a node has missed is what counts
 FIRST_CONTACTS = ("coarse", "snapshot", "seed")
 RESULTS = ("server", "nodes")
