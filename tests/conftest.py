@@ -39,6 +39,14 @@ _LONGEST_ID = 200
 gc.disable()  # until all is imported, see _modules
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of a whole run need PEFT sooner or later: it is imported as the app does it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and "not models" not in config.option.markexpr:
+        from compeft_fl.app.imports import import_peft
+
+        import_peft()
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if "not models" in config.option.markexpr and collection_path.name.startswith("test_"):
         return kinds.is_of_models(collection_path) or None
