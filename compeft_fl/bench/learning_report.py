@@ -65,7 +65,7 @@ def curves_of(result: Mapping[str, Any], folder: Path) -> list[Curve]:
     layout = Layout([TensorSpec(name, tuple(shape)) for name, shape in result["layout"]])
     updates = list(read_updates(folder / f"{job.key}.updates"))
     for codec in codecs.names():
-        if codec == job.setting.up or _is_dense(codec):
+        if codec == job.setting.up or not codecs.get(codec).ternary:
             continue
         again = {"up": [0] * len(rounds), "down": [0] * len(rounds)}
         for number, way, nodes, blob in updates:
