@@ -98,6 +98,9 @@ def run(options: argparse.Namespace) -> int:
     results = [found for job in jobs if (found := job.finished(folder)) is not None]
     if not results:
         raise CompeftError(f"no finished run in {folder}")
-    command = " ".join(["compeft-fl bench learning", *["--quick"] * options.quick, *options.keys])
+    only = ["--settings", options.settings] if options.settings else []
+    command = " ".join(
+        ["compeft-fl bench learning", *["--quick"] * options.quick, *only, *options.keys]
+    )
     report.write(options.out, command, results, folder)
     return 0
