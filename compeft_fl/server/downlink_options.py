@@ -64,6 +64,7 @@ class DownlinkOptions:
         What a run is scored by, and gives: the server's own adapter, or what nodes have of it,
         which lacks what has not gone down yet. Where few nodes train in a round, the server's own
         swings with each of them, and what nodes have is the better one (``compeft-fl bench few``).
+        Inside `Compressed` a ``start`` of the strategy's own gives what it makes.
         Default: "server", or "nodes" where fewer than half of the nodes train in a round.
 
     Raises
