@@ -198,9 +198,10 @@ def serve(address: Path) -> NoReturn:
 def _preload() -> int:
     """Import; return the number of threads that torch would use by itself."""
     with at_once():
-        with suppress(ImportError):  # an app of one's own may do without peft
-            for module in _PRELOADED:
+        for module in _PRELOADED:
+            with suppress(ImportError):  # an app of one's own may do without some
                 import_module(module)
+        with suppress(ImportError):  # and without peft
             import_peft()
         _entry_point()
     load_kernels()
