@@ -79,7 +79,7 @@ def run(attack: str, seed: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-hostile-") as folder:
         os.environ["COMPEFT_FL_STATE_DIR"] = f"{folder}/state"
         config = dataclasses.replace(
-            AppConfig(),
+            AppConfig(preset="compeft"),
             seed=seed,
             run_dir=f"{folder}/run",
             min_nodes=NODES,

@@ -33,6 +33,7 @@ from compeft_fl.reduction.rules import Reduction
 from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
+STORED = Path(__file__).parent / "results" / "levers.md"
 NODES, STEPS = 6, 20
 LAST_LAYER = {"peft-options": '{"layers_to_transform": [5]}'}
 
@@ -60,7 +61,7 @@ class Lever:
 LEVERS = (
     Lever("dense", "dense", "dense"),
     Lever("dense, cosine", "dense", "dense", cosine=True),
-    Lever("ternary 0.1, 0.2 (today)", "golomb", "golomb", 0.1, 0.2),
+    Lever("ternary 0.1, 0.2 (compeft)", "golomb", "golomb", 0.1, 0.2),
     Lever("ternary 0.05, 0.1", "golomb", "golomb", 0.05, 0.1),
     Lever("ternary 0.1, 0.2, per tensor", "golomb", "golomb", 0.1, 0.2, per_tensor=True),
     Lever("ternary 0.1, 0.2, decay 0.95", "golomb", "golomb", 0.1, 0.2, decay=0.95),
@@ -93,7 +94,7 @@ LEVERS = (
         cosine=True,
     ),
     Lever(
-        "factored 0.08, 0.08, step 1.5, cosine",
+        "factored 0.08, 0.08, step 1.5, cosine (lean)",
         density=0.08,
         down_density=0.08,
         step=1.5,
@@ -102,6 +103,11 @@ LEVERS = (
     Lever(
         "ternary 0.1, 0.1, step 1.5, cosine", "golomb", "golomb", 0.1, 0.1, step=1.5, cosine=True
     ),
+    Lever("ternary 0.1, 0.2, cosine", "golomb", "golomb", 0.1, 0.2, cosine=True),
+    Lever(
+        "ternary 0.1, 0.2, step 1.5, cosine", "golomb", "golomb", 0.1, 0.2, step=1.5, cosine=True
+    ),
+    Lever("factored 0.08, 0.08, cosine", density=0.08, down_density=0.08, cosine=True),
     Lever("factored 0.05, 0.05, momentum 0.3", down_density=0.05, momentum=0.3),
     Lever("factored 0.07, 0.05", density=0.07, down_density=0.05),
     Lever("factored 0.04, 0.08", density=0.04, down_density=0.08),
@@ -229,7 +235,7 @@ def run(names: list[str], task: str, seed: int, whole: bool, device: str, out: P
 
     torch.set_num_threads(1)
     keys: dict[str, Any] = {"seed": seed, "data": f"debian-{task}", "local-steps": STEPS}
-    keys |= {"device": device, "dtype": "float32"}
+    keys |= {"device": device, "dtype": "float32", "schedule": "constant"}
     nodes, base, start = 10 if whole else NODES, None, None
     for lever in [lever for lever in LEVERS if lever.name in names]:
         what = "all layers" if whole else "last layer"
@@ -258,62 +264,57 @@ def run(names: list[str], task: str, seed: int, whole: bool, device: str, out: P
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+HEADS = [
+    "lever (density up, down)", "task", "adapter in", "seeds", "accuracy", "loss", "bits",
+    "of dense", "gain, of dense's", "to 95 % of dense's gain", "energy kept",
+]  # fmt: skip
+
+
 def report(out: Path) -> None:
-    """Write levers.md."""
+    """Write levers.md; what DIR does not hold stays as the project's own levers.md has it."""
     found = [json.loads(file.read_text()) for file in sorted((out / "levers").glob("*.json"))]
-    heads = [
-        "lever (density up, down)",
-        "task",
-        "adapter in",
-        "seeds",
-        "accuracy",
-        "loss",
-        "bits",
-        "of dense",
-    ]
-    heads += ["gain, of dense's", "to 95 % of dense's gain", "energy kept"]
-    table = []
-    order = [lever.name for lever in LEVERS]
-    keys = sorted(
-        {(r["task"], r["adapter"], order.index(r["lever"]["name"])) for r in found},
-        key=lambda key: (key[1], key[0], key[2]),
-    )
-    for task, where, index in keys:
-        mine = [
-            r
-            for r in found
-            if (r["task"], r["adapter"], r["lever"]["name"]) == (task, where, order[index])
-        ]
-        dense = {r["seed"]: r for r in found if (r["task"], r["adapter"]) == (task, where)
-                 and r["lever"]["name"] == "dense"}  # fmt: skip
+    table = {key: row for row in _stored() if (key := tuple(row[:3]))}
+    for name, task, where in {(r["lever"]["name"], r["task"], r["adapter"]) for r in found}:
+        here = [r for r in found if (r["task"], r["adapter"]) == (task, where)]
+        mine = [r for r in here if r["lever"]["name"] == name]
+        dense = {r["seed"]: r for r in here if r["lever"]["name"] == "dense"}
         last = [r["rounds"][-1] for r in mine]
-        bits = float(np.mean([sum(row["bits"] for row in r["rounds"]) for r in mine]))
+        bits = float(np.mean([_bits(r) for r in mine]))
         kept = [row["kept"] for r in mine for row in r["rounds"] if row.get("kept") is not None]
-        table.append(
-            [
-                order[index],
-                task,
-                where,
-                str(len(mine)),
-                f"{100 * np.mean([row['accuracy'] for row in last]):.1f} %",
-                f"{np.mean([row['loss'] for row in last]):.3f}",
-                f"{bits:.2f}",
-                "1" if order[index] == "dense" else _ratio(mine, dense),
-                _gain(mine, dense),
-                _to_gain(mine, dense),
-                f"{np.mean(kept):.2f}" if kept else "-",
-            ]
-        )
+        table[name, task, where] = [
+            name,
+            task,
+            where,
+            str(len(mine)),
+            f"{100 * np.mean([row['accuracy'] for row in last]):.1f} %",
+            f"{np.mean([row['loss'] for row in last]):.3f}",
+            f"{bits:.2f}",
+            "1" if name == "dense" else _ratio(mine, dense),
+            _gain(mine, dense),
+            _to_gain(mine, dense),
+            f"{np.mean(kept):.2f}" if kept else "-",
+        ]
+    order = [lever.name for lever in LEVERS]
+    rows = sorted(table.values(), key=lambda row: (row[2], row[1], order.index(row[0])))
     notes = (
         "Bits a parameter and node, all rounds, both directions. Gain: what the loss has fallen by "
         "in the last round, against dense's with the same seed, and by seed. To 95 %: of the most "
         "that dense's loss falls by in any round; the bits until a lever has that, against those "
-        "that dense takes for it. One seed does not rank what is near."
+        "that dense takes for it. One seed does not rank what is near. `(lean)` are the settings "
+        "that hold by default, `(compeft)` those of preset=compeft. The date is that of the last "
+        "runs: rows may be of earlier ones."
     )
     results.write_markdown(
-        out / "levers.md", "python simulations/bench_levers.py", heads, table, notes
+        out / "levers.md", "python simulations/bench_levers.py", HEADS, rows, notes
     )
-    results.show_table("levers", heads, table)
+    results.show_table("levers", HEADS, rows)
+
+
+def _stored() -> list[list[str]]:
+    """The rows of the project's own levers.md."""
+    lines = STORED.read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return [row for row in rows if row != HEADS]
 
 
 def _ratio(mine: list[dict[str, Any]], dense: dict[int, Any]) -> str:

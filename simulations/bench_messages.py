@@ -168,7 +168,7 @@ def node_process(pipe: Connection, partition: int, nodes: int, size: str, folder
     from compeft_fl.app import client_app
     from compeft_fl.app.config import AppConfig
 
-    config = AppConfig()
+    config = AppConfig(preset="compeft")
     warm_up()
     task = synthetic_task(config, layout(size), folder / START)
     model = resident()  # what a node has without a federation

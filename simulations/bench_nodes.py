@@ -82,7 +82,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-nodes-") as folder:
         os.environ["COMPEFT_FL_STATE_DIR"] = f"{folder}/state"
         config = dataclasses.replace(
-            AppConfig(), seed=seed, run_dir=f"{folder}/run", min_nodes=NODES,
+            AppConfig(preset="compeft"), seed=seed, run_dir=f"{folder}/run", min_nodes=NODES,
             **{**COMMON, **RUNS[name]},
         )  # fmt: skip
         flat = config.to_run_config()

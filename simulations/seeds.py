@@ -11,8 +11,10 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,23 @@ def row(summary: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def means(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Each scenario's mean over its seeds, with the standard deviation, as lines."""
+    lines = []
+    for name in dict.fromkeys(summary["scenario"] for summary in summaries):
+        mine = [summary for summary in summaries if summary["scenario"] == name]
+        accuracies = [100 * summary["accuracy"][-1] for summary in mine]
+        loss = statistics.fmean(summary["loss"][-1] for summary in mine)
+        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(mine) > 1 else ""
+        up = sum(mine[0]["uplink_dense_bytes"]) / 1e6
+        both = up + sum(mine[0]["downlink_dense_bytes"]) / 1e6
+        lines.append(
+            f"{name}, {len(mine)} seeds: accuracy {statistics.fmean(accuracies):.1f}{spread} %, "
+            f"loss {loss:.3f}. Dense float32 takes {up:.1f} MB up, {both:.1f} MB both ways."
+        )
+    return lines
+
+
 def main() -> int:
     """Run what is missing, and print the table of all."""
     parser = argparse.ArgumentParser(description="A scenario with several seeds.")
@@ -79,6 +98,8 @@ def main() -> int:
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    lines += ["", *means(finished(arguments.out))]
+    print("\n".join(means(finished(arguments.out))))
     (arguments.out / "seeds.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 

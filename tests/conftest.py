@@ -187,6 +187,7 @@ def tiny_config(tiny_data, tiny_model):
         batch_size=8,
         alpha=1.0,
         device="cpu",
+        preset="compeft",
     )
 
 

@@ -77,15 +77,22 @@ def is_of_models(file: Path) -> bool:
 def _names(item: pytest.Item) -> set[str]:
     """All names in the code of a test, its fixtures, and the helpers that they use."""
     fixtures = [definition.func for each in _fixtures(item) for definition in each]
-    names = set(getattr(item, "fixturenames", ()))
-    waiting, seen = [getattr(item, "function", None), *fixtures], set()
+    names = _reached(getattr(item, "function", None), *fixtures)
+    return names | set(getattr(item, "fixturenames", ()))
+
+
+@functools.cache
+def _reached(*things: object) -> frozenset[str]:
+    """The names in some code and in that of the helpers that it uses, and that these use."""
+    names: set[str] = set()
+    waiting, seen = list(things), set()
     while waiting:
         if (thing := waiting.pop()) not in seen:
             seen.add(thing)
             here, helpers = _uses(thing)
             names |= here
             waiting += helpers
-    return names
+    return frozenset(names)
 
 
 @functools.cache

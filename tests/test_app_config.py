@@ -27,7 +27,8 @@ def flat(table: dict, prefix: str = "") -> dict:
 def test_pyproject_repeats_the_defaults():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     written = flat(pyproject["tool"]["flwr"]["app"]["config"])
-    assert written == AppConfig().to_run_config()
+    assert written == {key.name: key.default for key in keys()}
+    assert AppConfig.from_run_config(written) == AppConfig()
 
 
 def test_the_run_config_comes_back_as_it_was():
@@ -82,7 +83,7 @@ def test_an_unknown_key_like_no_other_shows_all():
         ("alpha", 0, "alpha: expected over 0, found 0"),
         ("alpha", float("nan"), "alpha: expected over 0, found nan"),
         ("learning-rate", float("inf"), "learning-rate: expected over 0, found inf"),
-        ("density", 1.5, "density: expected over 0 and at most 1, found 1.5"),
+        ("density", 1.5, "density: expected at least 0 and at most 1, found 1.5"),
         ("fraction-train", 1.5, "fraction-train: expected at least 0 and at most 1, found 1.5"),
         ("partition", "iidd", 'partition: "iidd" is none of iid, dirichlet, column'),
         ("head", "", 'head: "" is none of prototype, linear'),
@@ -202,3 +203,44 @@ def test_a_wrong_scenario_is_named(tmp_path, text, message):
 def test_a_missing_scenario_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.toml cannot be read: No such file"):
         Scenario.load(tmp_path / "no.toml")
+
+
+SENT = ("codec", "density", "downlink_codec", "server_learning_rate", "schedule")
+LEAN = ("factored", 0.08, "factored", 1.5, "cosine")
+COMPEFT = ("golomb", 0.1, "golomb", 1.0, "constant")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, LEAN),
+        ({"rounds": 3, "peft.r": 4, "learning-rate": 0.01, "fraction-train": 0.5}, LEAN),
+        ({"preset": "compeft"}, COMPEFT),
+        ({"fraction-train": 0.4}, COMPEFT),
+        ({"peft-method": "ia3"}, COMPEFT),
+        ({"task": "instruction"}, COMPEFT),
+        ({"strategy": "ties"}, COMPEFT),
+        ({"strategy": "fedavg"}, COMPEFT),
+        ({"ranks": "2,8"}, COMPEFT),
+        ({"scale": "norm"}, COMPEFT),
+        ({"density": 0.05}, ("golomb", 0.05, "golomb", 1.0, "constant")),
+        ({"codec": "context"}, ("context", 0.1, "golomb", 1.0, "constant")),
+        ({"downlink-codec": "factored"}, ("golomb", 0.1, "factored", 1.0, "constant")),
+        ({"schedule": "constant"}, (*LEAN[:4], "constant")),
+        ({"server-learning-rate": 1}, (*LEAN[:3], 1.0, "cosine")),
+        ({"preset": "lean", "density": 0.05}, ("factored", 0.05, *LEAN[2:])),
+        ({"preset": "lean", "strategy": "compressed:FedAdam"}, (*LEAN[:3], 1.0, "cosine")),
+        ({"preset": "lean", "strategy": "ties"}, LEAN),
+    ],
+)
+def test_what_is_not_given_is_the_presets(told, expected):
+    config = AppConfig.from_run_config(told)
+    assert tuple(getattr(config, name) for name in SENT) == expected
+    assert AppConfig.from_run_config(config.to_run_config()) == config  # as a run hands it on
+
+
+def test_a_preset_has_the_learning_rate_fall_to_a_tenth():
+    assert AppConfig(learning_rate=0.02).min_learning_rate == pytest.approx(0.002)
+    assert AppConfig(learning_rate=0.02, min_learning_rate=0.01).min_learning_rate == 0.01
+    assert AppConfig(schedule="cosine").min_learning_rate == 0.0  # as the key says
+    assert AppConfig(preset="compeft").min_learning_rate == 0.0

@@ -16,9 +16,11 @@ from compeft_fl.app import client_app, server_app
 from compeft_fl.app.config import AppConfig
 from compeft_fl.app.tasks import data, model, training
 from compeft_fl.errors import CompeftError, ConfigError, StateError
+from compeft_fl.exchange.records import find_update
 from compeft_fl.results import report
 from compeft_fl.server.checkpoint import alone_in
 from compeft_fl.strategies import RoundCounts
+from compeft_fl.wire.messages import inspect
 
 NODES = 3
 
@@ -67,6 +69,30 @@ def test_what_a_run_leaves(tiny_config, tmp_path):
     assert [row["round"] for row in rows] == ["0", "1", "2"]
     assert [int(row["uplink_payload_bytes"]) for row in rows[1:]] == summary["uplink_payload_bytes"]
     assert [float(row["accuracy"]) for row in rows] == pytest.approx(summary["accuracy"], abs=1e-6)
+
+
+def test_by_default_updates_go_as_low_rank_signs_both_ways(tiny_config, tmp_path):
+    given = {"model": tiny_config.model, "data": tiny_config.data, "alpha": 1.0, "device": "cpu"}
+    given |= {"rounds": 4, "batch-size": 8, "local-steps": 10}
+    config = AppConfig.from_run_config(given)
+    seen: list[tuple[str, int]] = []
+
+    def watched(node, reply):
+        blob = find_update(reply.content)[1][0]
+        seen.append((inspect(blob).codec, len(blob)))
+        return [reply]
+
+    summary = run(config, tmp_path / "lean", fault=watched)
+    assert {codec for codec, _ in seen} == {"factored"}
+    assert sum(size for _, size in seen) == sum(summary["uplink_payload_bytes"])
+    assert summary["loss"][-1] < summary["loss"][0]
+    classifier = model.load_adapter(tmp_path / "lean" / "adapter", config.model, "cpu")
+    score = training.evaluate(classifier, data.load(config).test, config)
+    assert score.loss == pytest.approx(summary["loss"][-1], rel=1e-5)
+    ternary = AppConfig.from_run_config({**given, "preset": "compeft"})
+    compeft = run(ternary, tmp_path / "compeft")
+    for way in ("uplink_payload_bytes", "downlink_payload_bytes"):
+        assert 0 < sum(summary[way]) < sum(compeft[way])
 
 
 def test_the_adapter_scores_what_the_last_round_reported(tiny_config, tmp_path):

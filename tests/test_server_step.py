@@ -132,7 +132,12 @@ def test_the_way_down_is_sparser_where_few_nodes_take_part():
     assert density_down(Compressed(FedAdam(fraction_train=0.1))) == 0.07
     given = DownlinkOptions(density=0.3, first_contact="seed")
     assert density_down(ComPEFTAverage(fraction_train=0.1, downlink=given)) == 0.3
-    for keys, density in (({}, 0.2), ({"fraction-train": 0.1}, 0.07), ({"downlink-density": 1}, 1)):
+    for keys, density in (
+        ({}, 0.08),
+        ({"preset": "compeft"}, 0.2),
+        ({"fraction-train": 0.1}, 0.07),
+        ({"downlink-density": 1}, 1),
+    ):
         config = AppConfig.from_run_config(keys)
         assert density_down(server_app.build_strategy(config, RoundCounts())) == density
 

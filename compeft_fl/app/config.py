@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
-from compeft_fl import codecs
+from compeft_fl.app import exchange_keys
 from compeft_fl.app.config_values import Key, Scalar, checked, json_object, shown, suggestion
 from compeft_fl.app.config_values import key as _key
 from compeft_fl.app.node_keys import TRAINABLE, check_nodes
 from compeft_fl.app.tasks import TASKS
-from compeft_fl.codecs.auto import AUTO
 from compeft_fl.compeft import SUPPORTS
 from compeft_fl.errors import ConfigError
 from compeft_fl.exchange.uplink import RESIDUAL_DECAY
@@ -30,9 +29,6 @@ from compeft_fl.reduction.rules import DOWN_ENERGY, ENERGY
 from compeft_fl.results.trackers import PACKAGES as TRACKERS
 
 __all__ = ["AppConfig", "Key", "Scalar", "keys", "parse_assignment", "suggestion"]
-
-COMPRESSED_PREFIX: Final = "compressed:"
-STRATEGIES: Final = ("average", "task-arithmetic", "ties", "fedavg")
 
 _PEFT_PREFIX: Final = "peft."
 _PEFT_DEFAULTS: Final[Mapping[str, Scalar]] = MappingProxyType(
@@ -159,9 +155,10 @@ class AppConfig:
 
     learning_rate: float = _key(5e-3, "AdamW's learning rate", above=0)
     schedule: str = _key(
-        "constant",
-        "the learning rate over the rounds; cosine: down to min-learning-rate in the last",
-        choices=("constant", "cosine"),
+        "",
+        "the learning rate over the rounds; cosine: down to min-learning-rate in the last; empty: "
+        "of the preset, and if that has it fall, to a tenth",
+        choices=("constant", "cosine", ""),
     )
     min_learning_rate: float = _key(0.0, "where schedule=cosine ends", low=0)
     weight_decay: float = _key(0.0, "AdamW's weight decay", low=0)
@@ -189,15 +186,25 @@ class AppConfig:
     tie: str = _key(
         "zero", "ties: what a tied sign becomes", choices=("zero", "positive", "majority")
     )
+    preset: str = _key(
+        "auto",
+        "what holds where codec, density, server-learning-rate and schedule are not given: lean, "
+        "low-rank signs; compeft, ternary updates in Golomb codes; auto: lean for LoRA, average "
+        "and at least half of the nodes a round, if nothing says how updates are written",
+        choices=exchange_keys.PRESETS,
+    )
     server_learning_rate: float = _key(
-        1.0, "how far the global adapter goes along a round's merge; 1: all the way", above=0
+        0.0,
+        "how far the global adapter goes along a round's merge; 1: all the way; 0: of the preset",
+        low=0,
     )
     server_momentum: float = _key(0.0, "part of its last step in its next", low=0, high=0.99)
     density: str | float = _key(
-        0.1,
-        "greatest part of the parameters that an update keeps; auto: what keeps the part energy",
+        0.0,
+        "greatest part of the parameters that an update keeps; auto: what keeps the part energy; "
+        "0: of the preset",
         kind="number or auto",
-        above=0,
+        low=0,
         high=1,
     )
     energy: float = _key(
@@ -222,10 +229,10 @@ class AppConfig:
         RESIDUAL_DECAY, "part of what was not sent that the next round adds; 1: all", low=0, high=1
     )
     codec: str = _key(
-        "golomb",
+        "",
         "codec of the uplink; factored: low-rank signs, in the density's bytes; auto: whichever "
-        "arrives first over a link of link-mbps",
-        choices=(*(name for name in codecs.names() if name != "steps"), AUTO),
+        "arrives first over a link of link-mbps; empty: of the preset",
+        choices=exchange_keys.UPLINK_CODECS,
     )
     link_mbps: float = _key(
         10.0, "speed of a node's link in Mbit/s, by which codec auto chooses", above=0
@@ -247,14 +254,14 @@ class AppConfig:
         choices=("compressed", "dense"),
     )
     downlink_codec: str = _key(
-        "golomb",
-        "codec of a change on the way down, where it is compressed",
-        choices=(*(n for n in codecs.names() if codecs.get(n).ternary or n == "factored"), AUTO),
+        "",
+        "codec of a change on the way down, where it is compressed; empty: of the preset",
+        choices=exchange_keys.DOWNLINK_CODECS,
     )
     downlink_density: str | float = _key(
         0.0,
-        "greatest part of the parameters that a change on the way down keeps, or auto; 0: 0.2, or "
-        "0.07 where fewer than half of the nodes train in a round",
+        "greatest part of the parameters that a change on the way down keeps, or auto; 0: of the "
+        "preset, and of compeft 0.2, or 0.07 where fewer than half of the nodes train in a round",
         kind="number or auto",
         low=0,
         high=1,
@@ -314,7 +321,11 @@ class AppConfig:
                     f"found {shown(value)}"
                 )
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
-        _check_strategy(self.strategy, self.server_learning_rate != 1 or self.server_momentum > 0)
+        exchange_keys.check_strategy(
+            self.strategy, self.server_learning_rate not in (0, 1) or self.server_momentum > 0
+        )
+        for name, value in exchange_keys.of_preset(self).items():
+            object.__setattr__(self, name, value)
         self.trackers()
         check_nodes(self)
         json_object("peft-options", self.peft_options)
@@ -388,7 +399,7 @@ def keys() -> list[Key]:
             ]
         else:
             meta = field.metadata
-            choices = (*STRATEGIES, "compressed:NAME") if field.name == "strategy" else ()
+            choices = exchange_keys.STRATEGY_CHOICES if field.name == "strategy" else ()
             found.append(
                 Key(
                     _name(field),
@@ -436,15 +447,3 @@ def _name(field: dataclasses.Field[Any]) -> str:
 
 def _kind_of(value: Scalar) -> str:
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[type(value)]
-
-
-def _check_strategy(strategy: str, has_step: bool) -> None:
-    named = strategy.startswith(COMPRESSED_PREFIX) and len(strategy) > len(COMPRESSED_PREFIX)
-    if strategy not in STRATEGIES and not named:
-        choices = (*STRATEGIES, "compressed:NAME with a strategy of flwr.serverapp.strategy")
-        raise ConfigError(f'strategy: "{strategy}" is none of {", ".join(choices)}')
-    if has_step and strategy not in STRATEGIES[:3]:
-        raise ConfigError(
-            "server-learning-rate and server-momentum are settings of average, task-arithmetic and "
-            f"ties, found strategy {strategy}: take compressed:FedAvgM, with strategy-options"
-        )

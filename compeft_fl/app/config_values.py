@@ -89,7 +89,8 @@ def checked(name: str, value: Any, meta: Mapping[str, Any]) -> Scalar:
         raise ConfigError(f"{name}: expected no control characters, found {shown(value)}")
     choices = meta["choices"]
     if choices and value not in choices:
-        raise ConfigError(f"{name}: {shown(value)} is none of {', '.join(choices)}")
+        listed = ", ".join(choice or '""' for choice in choices)
+        raise ConfigError(f"{name}: {shown(value)} is none of {listed}")
     if number:
         _check_range(name, value, meta)
         return float(value) if kind == "number" else int(value)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import logging
 import random
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ __all__ = ["Figure", "Harness", "Scores", "require_harness", "uses_chat"]
 _EMBEDDED_TASKS: Final = "evaluation"  # a folder of compeft_fl/app/embedded
 _LOGGERS: Final = ("lm_eval", "lm_eval.models.huggingface", "datasets")
 _INVENTORY: Final = ("add_env_info", "get_git_commit_hash")  # of its results, which nobody reads
+_NAMED: Final = re.compile(r"""^(?:task|group|tag): *["']?([\w.-]+)""", re.MULTILINE)
 _SEED: Final = 1234  # the harness's own, of the examples in front of a question
 _BOOTSTRAP: Final = 1000
 
@@ -166,17 +168,35 @@ def uses_chat(tokenizer: Any, chat: bool | None) -> bool:
 
 def _manager(names: Sequence[str]) -> Any:
     """Return a manager that knows the names, and reads the harness's thousands where it must."""
-    for everything in (False, True):
-        manager = _tasks_known(everything)
-        unknown = [name for name in names if name not in manager.task_index and not _is_file(name)]
+    own = _tasks_known(False)
+    others = [name for name in names if name not in own.task_index and not _is_file(name)]
+    if not others:
+        return own
+    texts = _task_files()
+    unknown = [name for name in others if not any(name in text for text in texts)]
+    if not unknown:  # to read all of their includes takes ten times as long as to look for a name
+        everything = _tasks_known(True)
+        unknown = [name for name in others if name not in everything.task_index]
         if not unknown:
-            return manager
-    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
+            return everything
+    said = {name for text in texts for name in _NAMED.findall(text)}
+    near = difflib.get_close_matches(unknown[0], [*own.all_tasks, *sorted(said)], n=1)
     hint = f': did you mean "{near[0]}"?' if near else "; lm-eval ls tasks names all"
     raise ConfigError(
         f'tasks: lm-eval has no task "{one_line(unknown[0], 80)}", and there is no such YAML '
         f"file{hint}"
     )
+
+
+@functools.cache
+def _task_files() -> list[str]:
+    """Return the texts of the harness's own tasks, and of what they include."""
+    found = find_spec("lm_eval")
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(found.origin).parent / "tasks"
+    files = [file for file in folder.rglob("*") if file.suffix in ("", ".yaml") and file.is_file()]
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from compeft_fl import strategies
 from compeft_fl.app import tasks
 from compeft_fl.app.baseline import ObservedFedAvg
 from compeft_fl.app.client_app import BASE_KEY
-from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, suggestion
+from compeft_fl.app.config import AppConfig, suggestion
+from compeft_fl.app.exchange_keys import COMPRESSED_PREFIX
 from compeft_fl.app.node_keys import ranks_of, tensor_rules, tiers_of
 from compeft_fl.errors import ConfigError, NoUsableReplyError, StateError
 from compeft_fl.exchange.records import LOGGER, to_arrays, to_state

@@ -339,7 +339,7 @@ def deploy(
     if deployment.relay is not None:
         counted.write(folder, deployment.relay, deployment.node_ids)
     events.read()
-    if status == "finished:completed" and events.ended:
+    if status == launch.COMPLETED and events.ended:
         return Outcome(True)
     reason = events.error or details or launch.last_line(folder / LOG_FILE)
     return Outcome(False, " ".join(reason.split()) or f"Flower says {status}")
@@ -348,8 +348,8 @@ def deploy(
 def _follow(deployment: Deployment, run_id: str, events: launch._Events) -> tuple[str, str]:
     """Pass on events until the run has finished; return its status.
 
-    Asking Flower takes a second of a core, so it is asked when the ServerApp's process is gone, and
-    now and then.
+    Asking Flower takes a second of a core, so it is asked when the ServerApp's process is gone
+    before it came to its end, and now and then.
     """
     seen, asked = False, time.monotonic()
     while True:
@@ -358,6 +358,10 @@ def _follow(deployment: Deployment, run_id: str, events: launch._Events) -> tupl
         alive = deployment.family.running(_SERVER_PROGRAM)
         gone = seen and not alive
         seen = seen or alive
+        if gone:
+            events.read()
+            if events.ended:
+                return launch.COMPLETED, ""
         if gone or time.monotonic() - asked > _ASK_SECONDS:
             asked = time.monotonic()
             status, details = deployment.status(run_id)

@@ -138,7 +138,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     )
     found = Table(
         title=_title(summary),
-        caption=f"dense float32 would take {dense}",
+        caption=f"dense float32 would take {dense}{_way(summary)}",
         title_justify="left",
         caption_justify="left",
         show_footer=True,
@@ -225,6 +225,19 @@ def _title(summary: Mapping[str, Any]) -> str:
         f"{summary['scenario']}: {summary['nodes']} nodes, {summary['rounds']} rounds, "
         f"{parameters:,} parameters in the adapter"
     )
+
+
+def _way(summary: Mapping[str, Any]) -> str:
+    """Return how a run's configuration had updates written, as a line."""
+    config = summary.get("config", {})
+    names = ("codec", "density", "downlink-codec", "downlink-density")
+    if not {"strategy", *names} <= set(config) or config["strategy"] == "fedavg":
+        return ""
+    up, density, down, down_density = (config[name] for name in names)
+    if config.get("downlink") == "dense":
+        down, down_density = "dense", ""
+    of_down = f" {down_density}" if down_density else ""
+    return f"\nup: {up} {density}; down: {down}{of_down}"
 
 
 def _totals(summary: Mapping[str, Any], kind: str) -> tuple[list[int], list[int]]:

@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from compeft_fl.app.config import COMPRESSED_PREFIX, AppConfig, keys
+from compeft_fl.app.config import AppConfig, keys
+from compeft_fl.app.exchange_keys import COMPRESSED_PREFIX
 from compeft_fl.app.imports import at_once, import_peft
 from compeft_fl.app.server_app import build_strategy, run_folder
 from compeft_fl.app.tasks.base import check_packages

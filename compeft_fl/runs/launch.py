@@ -38,6 +38,7 @@ __all__ = ["LOG_FILE", "FlowerError", "FlowerSession", "Outcome", "simulate"]
 
 LOG_FILE: Final = "flower.log"
 SUPERLINK_LOG_FILE: Final = "superlink.log"
+COMPLETED: Final = "finished:completed"  # Flower's word for a run that came to its end
 STATE_FOLDER: Final = "nodes"  # what the simulated nodes remember, for a run that is resumed
 
 _CONNECTION: Final = "compeft-fl"
@@ -48,6 +49,7 @@ _LOOK_SECONDS: Final = 0.2
 _ASK_SECONDS: Final = 60.0
 _LAST_LINES_SECONDS: Final = 5.0
 _SUPERLINK_ENDED: Final = "superlink:ended"  # beside Flower's own words for a run's status
+
 _UNANSWERED: Final = 3  # times in a row that a SuperLink may know nothing of its run
 _LONGEST_TEMPORARY: Final = 40  # Ray's sockets lie below, and a socket's path has 107 bytes
 
@@ -229,7 +231,7 @@ def simulate(
         with contextlib.suppress(subprocess.TimeoutExpired):
             log.wait(_LAST_LINES_SECONDS)
     events.read()
-    if status == "finished:completed" and events.ended:
+    if status == COMPLETED and events.ended:
         state_store.clear(state)  # what the nodes remember: nobody goes on from it
         return Outcome(True)
     # What a ServerApp says whose SuperLink has ended follows from that.
@@ -303,8 +305,8 @@ class _Events:
 def _follow(session: FlowerSession, run_id: str, events: _Events) -> tuple[str, str]:
     """Pass on events until the run has finished; return its status.
 
-    Asking Flower takes a second of a core, so it is asked when the simulation's process is gone,
-    and now and then.
+    Asking Flower takes a second of a core, so it is asked when the simulation's process is gone
+    before its ServerApp came to its end, and now and then.
     """
     seen, asked, unanswered = False, time.monotonic(), 0
     while True:
@@ -314,6 +316,10 @@ def _follow(session: FlowerSession, run_id: str, events: _Events) -> tuple[str, 
         alive = session.family.running(_SIMULATION_PROGRAM)
         gone = seen and not alive
         seen = seen or alive
+        if gone:
+            events.read()
+            if events.ended:  # the ServerApp came to its end: all that a run leaves is there
+                return COMPLETED, ""
         if gone or time.monotonic() - asked > _ASK_SECONDS:
             asked = time.monotonic()
             status, details = session.status(run_id)

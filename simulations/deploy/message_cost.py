@@ -79,7 +79,7 @@ def client(threads: int) -> dict[str, Laps]:
     from compeft_fl.app.tasks import data, model, training
 
     clock.lap("import peft")
-    config = AppConfig()
+    config = AppConfig(preset="compeft")
     rows = data.load(config)
     clock.lap("read the data")
     base, tokenizer = model._load_base(config, rows.labels, torch.float32)
