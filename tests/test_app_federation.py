@@ -73,7 +73,7 @@ def test_what_a_run_leaves(tiny_config, tmp_path):
 
 def test_by_default_updates_go_as_low_rank_signs_both_ways(tiny_config, tmp_path):
     given = {"model": tiny_config.model, "data": tiny_config.data, "alpha": 1.0, "device": "cpu"}
-    given |= {"rounds": 4, "batch-size": 8, "local-steps": 10}
+    given |= {"rounds": 2, "batch-size": 8, "local-steps": 10}
     config = AppConfig.from_run_config(given)
     seen: list[tuple[str, int]] = []
 
