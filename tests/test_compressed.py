@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+from heap import put_aside_as_before
 from local_grid import LocalGrid, node_ids
 
 from compeft_fl.compeft import compress
@@ -65,10 +66,10 @@ every_strategy = pytest.mark.parametrize("name", EVERY)
 @pytest.fixture(autouse=True, scope="module")
 def small_heap():
     """Some of Flower's strategies collect garbage for each reply: slow where torch is loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with put_aside_as_before():
+        gc.collect()
+        gc.freeze()
+        yield
 
 
 def lossy(state: dict, context) -> dict:

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from heap import put_aside_as_before
 
 from compeft_fl.app import imports
 from compeft_fl.app.imports import at_once, import_peft
@@ -16,9 +17,8 @@ from compeft_fl.app.imports import at_once, import_peft
 
 @pytest.fixture
 def unfrozen():
-    """Whatever a test has put aside is garbage's again."""
-    yield
-    gc.unfreeze()
+    with put_aside_as_before():
+        yield
 
 
 @pytest.mark.parametrize(("modules", "frozen"), [(300, True), (3, False)])

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from heap import put_aside_as_before
 from language_models import pairs, save_llama, write_rows
 
 from compeft_fl.adapters.base_digest import noted_base
@@ -58,17 +59,15 @@ def test_training_learns_and_the_score_says_so(task, start, instruct_config):
 
 
 def test_training_looks_for_garbage_among_its_own_things_alone():
-    before = gc.get_freeze_count()
-    gc.unfreeze()
-    with fine_tuning._no_garbage():
-        assert gc.get_freeze_count() > 10_000
-    assert gc.get_freeze_count() == 0
-    gc.freeze()
-    with fine_tuning._no_garbage():
-        pass
-    assert gc.get_freeze_count() > 10_000  # a process that has put things aside keeps them there
-    if not before:
+    with put_aside_as_before():
         gc.unfreeze()
+        with fine_tuning._no_garbage():
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
+        with fine_tuning._no_garbage():
+            pass
+        assert gc.get_freeze_count() > 10_000  # who has put things aside keeps them there
 
 
 def test_the_score_is_that_of_each_row_by_itself(task):
