@@ -14,5 +14,4 @@ def put_aside_as_before() -> Iterator[None]:
     yield
     gc.unfreeze()
     if before:
-        gc.collect()
         gc.freeze()

@@ -34,7 +34,7 @@ __all__ = ["Figure", "Harness", "Scores", "require_harness", "uses_chat"]
 _EMBEDDED_TASKS: Final = "evaluation"  # a folder of compeft_fl/app/embedded
 _LOGGERS: Final = ("lm_eval", "lm_eval.models.huggingface", "datasets")
 _INVENTORY: Final = ("add_env_info", "get_git_commit_hash")  # of its results, which nobody reads
-_NAMED: Final = re.compile(r"""^(?:task|group|tag): *["']?([\w.-]+)""", re.MULTILINE)
+_NAMED: Final = re.compile(r"""^["']?(?:task|group|tag)["']?: *["']?([\w.-]+)""", re.MULTILINE)
 _SEED: Final = 1234  # the harness's own, of the examples in front of a question
 _BOOTSTRAP: Final = 1000
 
@@ -173,13 +173,13 @@ def _manager(names: Sequence[str]) -> Any:
     if not others:
         return own
     texts = _task_files()
-    unknown = [name for name in others if not any(name in text for text in texts)]
+    unknown = [name for name in others if not any(name in text for text in texts.values())]
     if not unknown:  # to read all of their includes takes ten times as long as to look for a name
-        everything = _tasks_known(True)
-        unknown = [name for name in others if name not in everything.task_index]
+        found = _tasks_known(True, _folders(others, texts))
+        unknown = [name for name in others if name not in found.task_index]
         if not unknown:
-            return everything
-    said = {name for text in texts for name in _NAMED.findall(text)}
+            return found
+    said = {name for text in texts.values() for name in _NAMED.findall(text)}
     near = difflib.get_close_matches(unknown[0], [*own.all_tasks, *sorted(said)], n=1)
     hint = f': did you mean "{near[0]}"?' if near else "; lm-eval ls tasks names all"
     raise ConfigError(
@@ -188,25 +188,37 @@ def _manager(names: Sequence[str]) -> Any:
     )
 
 
+def _folders(names: Sequence[str], texts: Mapping[Path, str]) -> tuple[Path, ...]:
+    """Return the folders of some single tasks; empty where one of them may be a group or a tag."""
+    found: set[Path] = set()
+    for name in names:
+        line = re.compile(rf"""^["']?task["']?: *(["']?){re.escape(name)}\1 *$""", re.MULTILINE)
+        files = [file for file, text in texts.items() if line.search(text)]
+        if not files:
+            return ()
+        found |= {file.parent for file in files}
+    return tuple(sorted(found))
+
+
 @functools.cache
-def _task_files() -> list[str]:
+def _task_files() -> dict[Path, str]:
     """Return the texts of the harness's own tasks, and of what they include."""
     found = find_spec("lm_eval")
     assert found is not None
     assert found.origin is not None
     folder = Path(found.origin).parent / "tasks"
     files = [file for file in folder.rglob("*") if file.suffix in ("", ".yaml") and file.is_file()]
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return {file: file.read_text(encoding="utf-8", errors="replace") for file in files}
 
 
 @functools.cache
-def _tasks_known(everything: bool) -> Any:
-    """Return a manager of the package's own tasks, or also of all that the harness has."""
+def _tasks_known(of_harness: bool, folders: tuple[Path, ...] = ()) -> Any:
+    """Return a manager of the package's own tasks, or also of the harness's: all, or a folder's."""
     with at_once():
         from lm_eval.tasks import TaskManager
 
-    own = str(embedded.path(_EMBEDDED_TASKS))
-    return TaskManager(include_path=own, include_defaults=everything)
+    paths = [str(path) for path in (embedded.path(_EMBEDDED_TASKS), *folders)]
+    return TaskManager(include_path=paths, include_defaults=of_harness and not folders)
 
 
 def _is_file(name: str) -> bool:

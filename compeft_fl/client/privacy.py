@@ -96,12 +96,14 @@ def check_order() -> None:
     ParameterError
         It would clip, and put noise on, the bytes of an Update.
     """
+    clipping = [each.__code__ for each in _CLIPPING]
     frame = sys._getframe(1)
     while frame is not None:
-        mod = frame.f_locals.get("self")
-        name = "LocalDpMod(...)" if isinstance(mod, LocalDpMod) else None
-        if any(frame.f_code is each.__code__ for each in _CLIPPING):
-            name = frame.f_code.co_name
+        name, code = None, frame.f_code
+        if code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), LocalDpMod):
+            name = "LocalDpMod(...)"
+        elif code in clipping:
+            name = code.co_name
         if name:
             raise ParameterError(
                 f"expected CompressionMod before {name.partition('(')[0]}, which else gets bytes "
