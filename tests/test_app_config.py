@@ -214,7 +214,8 @@ COMPEFT = ("golomb", 0.1, "golomb", 1.0, "constant")
     ("told", "expected"),
     [
         ({}, LEAN),
-        ({"rounds": 3, "peft.r": 4, "learning-rate": 0.01, "fraction-train": 0.5}, LEAN),
+        ({"rounds": 5, "peft.r": 4, "learning-rate": 0.01, "fraction-train": 0.5}, LEAN),
+        ({"rounds": 4}, (*LEAN[:3], 1.0, "constant")),
         ({"preset": "compeft"}, COMPEFT),
         ({"fraction-train": 0.4}, COMPEFT),
         ({"peft-method": "ia3"}, COMPEFT),

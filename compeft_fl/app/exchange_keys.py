@@ -1,9 +1,9 @@
 """Keys of the exchange: names of strategies, and settings that hold where none are given.
 
-What is sent has two presets. ``lean``: low-rank signs in the bytes of density 0.08 both ways, a
-step of the server of 1.5, and a learning rate that falls to a tenth. ``compeft``: ternary updates
-in Golomb codes as in the paper, a tenth of the parameters up and a fifth down. Figures of both:
-``simulations/results/``, levers.md.
+What is sent has two presets. ``lean``: low-rank signs in the bytes of density 0.08 both ways, and
+in runs of more than four rounds a step of the server of 1.5 and a learning rate that falls to a
+tenth. ``compeft``: ternary updates in Golomb codes as in the paper, a tenth of the parameters up
+and a fifth down. Figures of both: ``simulations/results/``, levers.md.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ _COMPEFT: Final[Mapping[str, Any]] = {
     "server_learning_rate": 1.0,
     "schedule": "constant",
 }
+_FEW_ROUNDS: Final = 4  # in which a learning rate that falls leaves little to learn with
 _FALL: Final = 0.1  # of the learning rate, where a preset has it fall
 
 # What says how updates are written: with one of these a run is no longer the one measured.
@@ -87,6 +88,8 @@ def of_preset(config: AppConfig) -> dict[str, Any]:
     """
     lean = config.preset == "lean" or (config.preset == "auto" and _is_measured(config))
     settings = dict(_LEAN if lean else _COMPEFT)
+    if config.rounds <= _FEW_ROUNDS:
+        settings |= {"server_learning_rate": 1.0, "schedule": "constant"}
     if config.strategy not in _WITH_A_STEP:
         settings["server_learning_rate"] = 1.0
     given = {name: getattr(config, name) for name in settings}
