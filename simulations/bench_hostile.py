@@ -1,10 +1,10 @@
 """What one hostile node of ten takes from the default federation: ``--out DIR`` writes hostile.md.
 
-The default run of the ready-made app (MiniLM, ten nodes, ten rounds), in one process: real clients,
-messages, mod and strategy. One node, the one with as many rows as the median node, sends what an
-attack makes of its honest update, with a weight of 10^12. Each attack is run with the bounds that
-are on by default; "honest, no bounds" is the federation without any. One run a seed: a difference
-below two points is within what seeds differ by.
+The default run of the ready-made app with preset=compeft (ten nodes, ten rounds), in one process:
+real clients, messages, mod and strategy. One node, the one with as many rows as the median node,
+sends what an attack makes of its honest update, with a weight of 10^12. Each attack is run with the
+bounds that are on by default; "honest, no bounds" is the federation without any. One run a seed: a
+difference below two points is within what seeds differ by.
 
     python simulations/bench_hostile.py --out DIR [--seeds 42,43] [--only "flipped;huge"]
 """

@@ -62,7 +62,7 @@ BUDGET = 0.05  # seconds of an upload
 # An adapter of 221,184 parameters, so that it is not Flower's own bytes that take the time.
 LARGER = {"peft": {"r": 32, "lora_alpha": 64, "target_modules": "query,key,value,dense"}}
 
-# What differs from the default run.
+# What differs from the default run with preset=compeft.
 RUNS: dict[str, dict[str, Any]] = {
     "all at 8": {},
     "2, 4, 8": {"ranks": "2,4,8"},

@@ -214,8 +214,12 @@ COMPEFT = ("golomb", 0.1, "golomb", 1.0, "constant")
     ("told", "expected"),
     [
         ({}, LEAN),
-        ({"rounds": 5, "peft.r": 4, "learning-rate": 0.01, "fraction-train": 0.5}, LEAN),
+        ({"rounds": 5, "peft.r": 16, "learning-rate": 0.01, "fraction-train": 0.5}, LEAN),
         ({"rounds": 4}, (*LEAN[:3], 1.0, "constant")),
+        ({"peft.r": 8, "peft.target_modules": "query,key"}, LEAN),
+        ({"peft.r": 7}, COMPEFT),
+        ({"peft.target_modules": "word_embeddings"}, COMPEFT),
+        ({"peft-options": '{"use_dora": true}'}, COMPEFT),
         ({"preset": "compeft"}, COMPEFT),
         ({"fraction-train": 0.4}, COMPEFT),
         ({"peft-method": "ia3"}, COMPEFT),
@@ -245,3 +249,24 @@ def test_a_preset_has_the_learning_rate_fall_to_a_tenth():
     assert AppConfig(learning_rate=0.02, min_learning_rate=0.01).min_learning_rate == 0.01
     assert AppConfig(schedule="cosine").min_learning_rate == 0.0  # as the key says
     assert AppConfig(preset="compeft").min_learning_rate == 0.0
+
+
+def test_the_learning_rate_does_not_rise():
+    with pytest.raises(ConfigError, match=r"min-learning-rate: expected at most .*0\.005.*0\.02"):
+        AppConfig(min_learning_rate=0.02)
+    assert AppConfig(min_learning_rate=0.02, schedule="constant").min_learning_rate == 0.02
+
+
+def test_what_a_scenario_keeps_is_what_was_given():
+    """So that a run which goes on with other keys has what they and its preset say."""
+    scenario = Scenario.of({"learning-rate": 0.01}, {}, []).with_run(run_dir="/x")
+    assert scenario.config.codec == "factored"
+    told = scenario.to_plain()
+    assert "codec" not in told["run"]
+    assert Scenario.of(told["run"], told["simulation"], []) == scenario
+    for changes, expected in ((["preset=compeft"], COMPEFT), (["strategy=fedavg"], COMPEFT)):
+        config = Scenario.of(told["run"], told["simulation"], changes).config
+        assert tuple(getattr(config, name) for name in SENT) == expected
+        assert (config.learning_rate, config.run_dir) == (0.01, "/x")
+    slower = Scenario.of(told["run"], told["simulation"], ["learning-rate=0.001"]).config
+    assert slower.min_learning_rate == pytest.approx(0.0001)

@@ -147,6 +147,23 @@ def test_damaged_lines_are_passed_over(damage, tmp_path):
     assert (again.attempt, {number for number, _ in again.totals}) == (3, {0, 1, 2})
 
 
+def test_the_end_of_an_earlier_run_is_not_that_of_the_run_that_goes_on(tmp_path):
+    first = Journal(tmp_path, "ended", 1, {})
+    first.begin(100)
+    first.end()
+    events = _Events(tmp_path / "progress.jsonl", lambda _: None)
+    events.read()
+    assert not events.ended
+    second = Journal(tmp_path, "ended", 2, {})
+    second.error("no file /x.csv")
+    events.read()
+    assert (events.ended, events.error) == (False, "no file /x.csv")
+    third = _Events(tmp_path / "progress.jsonl", lambda _: None)
+    Journal(tmp_path, "ended", 2, {}).end()
+    third.read()
+    assert (third.ended, third.error) == (True, "")
+
+
 def test_a_file_that_is_no_ledger_is_put_aside(tmp_path, caplog):
     (tmp_path / "ledger.csv").write_text("a,b\n1,2\n")
     ledger = Ledger(tmp_path)

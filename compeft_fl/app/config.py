@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Self, cast
+from typing import Any, ClassVar, Final, Self, cast
 
 from compeft_fl.app import exchange_keys
 from compeft_fl.app.config_values import Key, Scalar, checked, json_object, shown, suggestion
@@ -67,6 +67,8 @@ class AppConfig:
     ...
     compeft_fl.errors.ConfigError: unknown key "round": did you mean "rounds"?
     """
+
+    filled: ClassVar[tuple[str, ...]] = ()  # of an object: the fields that its preset gave
 
     scenario: str = _key("default", "name of the run, and of its folder")
     out: str = _key("runs", "folder under which a run makes its own")
@@ -157,10 +159,12 @@ class AppConfig:
     schedule: str = _key(
         "",
         "the learning rate over the rounds; cosine: down to min-learning-rate in the last; empty: "
-        "of the preset, and if that has it fall, to a tenth",
+        "of the preset (in up to four rounds constant)",
         choices=("constant", "cosine", ""),
     )
-    min_learning_rate: float = _key(0.0, "where schedule=cosine ends", low=0)
+    min_learning_rate: float = _key(
+        0.0, "where schedule=cosine ends; 0: at 0, or at a tenth if it is of the preset", low=0
+    )
     weight_decay: float = _key(0.0, "AdamW's weight decay", low=0)
     batch_size: int = _key(16, "rows per step", low=1)
     accumulation: int = _key(
@@ -188,9 +192,9 @@ class AppConfig:
     )
     preset: str = _key(
         "auto",
-        "what holds where codec, density, server-learning-rate and schedule are not given: lean, "
-        "low-rank signs; compeft, ternary updates in Golomb codes; auto: lean for LoRA, average "
-        "and at least half of the nodes a round, if nothing says how updates are written",
+        "what holds where codecs, densities, server-learning-rate and schedule are not given: "
+        "lean, low-rank signs; compeft, ternary updates in Golomb codes; auto: lean for LoRA of "
+        "rank 8 or more of a classifier, average and at least half of the nodes a round",
         choices=exchange_keys.PRESETS,
     )
     server_learning_rate: float = _key(
@@ -321,11 +325,7 @@ class AppConfig:
                     f"found {shown(value)}"
                 )
         object.__setattr__(self, "peft", MappingProxyType({**_PEFT_DEFAULTS, **self.peft}))
-        exchange_keys.check_strategy(
-            self.strategy, self.server_learning_rate not in (0, 1) or self.server_momentum > 0
-        )
-        for name, value in exchange_keys.of_preset(self).items():
-            object.__setattr__(self, name, value)
+        exchange_keys.complete(self)
         self.trackers()
         check_nodes(self)
         json_object("peft-options", self.peft_options)

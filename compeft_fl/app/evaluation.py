@@ -175,7 +175,8 @@ def _manager(names: Sequence[str]) -> Any:
     texts = _task_files()
     unknown = [name for name in others if not any(name in text for text in texts.values())]
     if not unknown:  # to read all of their includes takes ten times as long as to look for a name
-        found = _tasks_known(True, _folders(others, texts))
+        mixed = any(_is_file(name) for name in names)  # a group of one's own, of any tasks
+        found = _tasks_known(True, () if mixed else _folders(others, texts))
         unknown = [name for name in others if name not in found.task_index]
         if not unknown:
             return found

@@ -18,10 +18,11 @@ from compeft_fl.server.downlink_options import FEW
 
 if TYPE_CHECKING:
     from compeft_fl.app.config import AppConfig
+    from compeft_fl.app.config_values import Scalar
 
 __all__ = [
     "COMPRESSED_PREFIX", "DOWNLINK_CODECS", "PRESETS", "STRATEGIES", "STRATEGY_CHOICES",
-    "UPLINK_CODECS", "check_strategy", "of_preset",
+    "UPLINK_CODECS", "as_given", "complete", "of_preset",
 ]  # fmt: skip
 
 COMPRESSED_PREFIX: Final = "compressed:"
@@ -53,6 +54,7 @@ _COMPEFT: Final[Mapping[str, Any]] = {
     "schedule": "constant",
 }
 _FEW_ROUNDS: Final = 4  # in which a learning rate that falls leaves little to learn with
+_RANK: Final = 8
 _FALL: Final = 0.1  # of the learning rate, where a preset has it fall
 
 # What says how updates are written: with one of these a run is no longer the one measured.
@@ -77,8 +79,9 @@ def of_preset(config: AppConfig) -> dict[str, Any]:
     """The fields that a configuration leaves to its preset, with their values.
 
     ``auto`` is ``lean`` where that was measured to be the better one, and nothing else is said of
-    how updates are written: a LoRA adapter of a classifier, strategy average, and at least half of
-    the nodes in each round. Elsewhere it is ``compeft``.
+    how updates are written: a LoRA adapter of a classifier of rank 8 or more, on linear layers and
+    without ``peft-options``, strategy average, and at least half of the nodes in each round.
+    Elsewhere it is ``compeft``: of rank 1 or 2 low-rank signs lose what was learnt.
 
     Examples
     --------
@@ -103,13 +106,47 @@ def _is_measured(config: AppConfig) -> bool:
     return (
         config.task == "classification"
         and config.peft_method.lower() == "lora"
+        and not config.peft_options
+        and _number(config.peft.get("r")) >= _RANK
+        and "embed" not in str(config.peft.get("target_modules", ""))
         and config.strategy == "average"
         and config.fraction_train >= FEW
         and all(getattr(config, name) == usual for name, usual in _OF_UPDATES.items())
     )
 
 
-def check_strategy(strategy: str, has_step: bool) -> None:
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def complete(config: AppConfig) -> None:
+    """Give a new configuration what it leaves to its preset.
+
+    Raises
+    ------
+    ConfigError
+        No such strategy, or one without a step that is given one; a learning rate that would rise.
+    """
+    has_step = config.server_learning_rate not in (0, 1) or config.server_momentum > 0
+    _check_strategy(config.strategy, has_step)
+    filled = of_preset(config)
+    for name, value in filled.items():
+        object.__setattr__(config, name, value)
+    object.__setattr__(config, "filled", tuple(filled))
+    if config.schedule == "cosine" and config.min_learning_rate > config.learning_rate:
+        raise ConfigError(
+            f"min-learning-rate: expected at most learning-rate ({config.learning_rate:g}), "
+            f"found {config.min_learning_rate:g}"
+        )
+
+
+def as_given(config: AppConfig) -> dict[str, Scalar]:
+    """The keys of a run without those that its preset gave."""
+    flat = config.to_run_config()
+    return {key: flat[key] for key in flat if key.replace("-", "_") not in config.filled}
+
+
+def _check_strategy(strategy: str, has_step: bool) -> None:
     """Raise ConfigError unless there is such a strategy, with a step where it is given one."""
     named = strategy.startswith(COMPRESSED_PREFIX) and len(strategy) > len(COMPRESSED_PREFIX)
     if strategy not in STRATEGIES and not named:

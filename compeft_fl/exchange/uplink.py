@@ -70,9 +70,9 @@ class ErrorFeedback:
     a decay of 1, what one coordinate was owed long ago is sent in full when its turn comes, past
     the target that all clients share; on heavy-tailed targets that ends far off, or never ends.
     With 0.9 a residual counts for about ten rounds, time enough for a tenth of the parameters to
-    have their turn, and what it holds is at most ten updates. The default federation ends at a loss
-    0.01 above the first version's, which had a decay of 1. Figures: ``simulations/results/``,
-    support.md and learning_today.md.
+    have their turn, and what it holds is at most ten updates. With ternary updates the
+    default federation ends at a loss 0.01 above the first version's, which had a decay of 1.
+    Figures: ``simulations/results/``, support.md and learning_today.md.
     """
 
     def __init__(

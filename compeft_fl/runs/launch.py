@@ -272,22 +272,24 @@ def last_line(log: Path) -> str:
 
 
 class _Events:
-    """The lines of ``progress.jsonl`` as they come."""
+    """The lines of ``progress.jsonl`` as they come; of a run that is resumed, also the old ones.
+
+    `ended` and `error` are of what is written from now on.
+    """
 
     def __init__(self, path: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
         self._path, self._on_event = path, on_event
         self._offset = 0
+        self._old = path.stat().st_size if path.exists() else 0
         self.ended = False
         self.error = ""
 
     def read(self) -> None:
         for event in self._new():
-            if event["event"] == "run":
-                self.ended, self.error = False, ""  # a run that is resumed begins again
-            elif event["event"] == "end":
+            if self._offset > self._old and event["event"] == "end":
                 self.ended = True
-            elif event["event"] == "error":
-                self.error = event["reason"]
+            elif self._offset > self._old and event["event"] == "error":
+                self.ended, self.error = False, event["reason"]
             self._on_event(event)
 
     def _new(self) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Final, Self
 
 from compeft_fl.app.config import AppConfig, Scalar, parse_assignment, suggestion
 from compeft_fl.app.config_values import shown
+from compeft_fl.app.exchange_keys import as_given
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line
 
@@ -96,11 +96,13 @@ class Scenario:
 
     def to_plain(self) -> dict[str, Any]:
         """Return what `of` takes, as JSON can hold it."""
-        return {"run": self.config.to_run_config(), "simulation": dict(self.simulation)}
+        return {"run": as_given(self.config), "simulation": dict(self.simulation)}
 
     def with_run(self, **changes: Any) -> Scenario:
         """Return the scenario with some fields of its configuration changed."""
-        return Scenario(dataclasses.replace(self.config, **changes), self.simulation)
+        keys = {name.replace("_", "-"): value for name, value in changes.items()}
+        config = AppConfig.from_run_config({**as_given(self.config), **keys})
+        return Scenario(config, self.simulation)
 
 
 def _read(file: Path) -> tuple[dict[str, Scalar], dict[str, Any]]:
