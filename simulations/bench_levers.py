@@ -34,7 +34,7 @@ from compeft_fl.task_vector import TaskVector
 from compeft_fl.ternary import TernaryVector
 
 STORED = Path(__file__).parent / "results" / "levers.md"
-NODES, STEPS = 6, 20
+NODES, STEPS, RANK = 6, 20, 8
 LAST_LAYER = {"peft-options": '{"layers_to_transform": [5]}'}
 
 
@@ -229,19 +229,23 @@ class _PerTensor(Reduction):
         return ternary.with_scales(scales)
 
 
-def run(names: list[str], task: str, seed: int, whole: bool, device: str, out: Path) -> None:
+def run(
+    names: list[str], task: str, seed: int, whole: bool, rank: int, device: str, out: Path
+) -> None:
     """What is missing of some levers, one after the other over one model."""
     import torch
 
     torch.set_num_threads(1)
     keys: dict[str, Any] = {"seed": seed, "data": f"debian-{task}", "local-steps": STEPS}
     keys |= {"device": device, "dtype": "float32", "schedule": "constant"}
+    keys |= {"peft.r": rank, "peft.lora_alpha": 2 * rank}
     nodes, base, start = 10 if whole else NODES, None, None
     for lever in [lever for lever in LEVERS if lever.name in names]:
-        what = "all layers" if whole else "last layer"
-        file = (
-            out / "levers" / f"{lever.name.replace(' ', '-')}-{task}-{what.split()[0]}-{seed}.json"
+        what = ("all layers" if whole else "last layer") + (
+            f", rank {rank}" if rank != RANK else ""
         )
+        place = what.split()[0] + ("" if rank == RANK else f"-rank-{rank}")
+        file = out / "levers" / f"{lever.name.replace(' ', '-')}-{task}-{place}-{seed}.json"
         if file.exists():
             continue
         if base is None or start is None:
@@ -371,6 +375,7 @@ def main() -> None:
     parser.add_argument("--task", default="section", choices=("section", "role"))
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--whole", action="store_true", help="the app's default federation")
+    parser.add_argument("--rank", type=int, default=RANK, help="of LoRA; its alpha is twice that")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="only write the table")
     options = parser.parse_args()
@@ -380,7 +385,8 @@ def main() -> None:
             parser.error(f"expected levers among {'; '.join(known)}; found {name}")
     if not options.report:
         names = options.names or list(known)
-        run(names, options.task, options.seed, options.whole, options.device, options.out)
+        whole, rank = options.whole, options.rank
+        run(names, options.task, options.seed, whole, rank, options.device, options.out)
     report(options.out)
 
 
