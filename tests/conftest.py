@@ -161,20 +161,29 @@ def tiny_data(tiny_rows, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """A random two-layer BERT with the embedded model's tokenizer, as a folder."""
+def tiny_model(tiny_rows, tmp_path_factory) -> Path:
+    """A random two-layer BERT with a tokenizer like the embedded model's, as a folder.
+
+    Of a vocabulary of its own: most of what loads a small model is else a large one's words.
+    """
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     from compeft_fl.app.tasks.model import embedded_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
+    alike = AutoTokenizer.from_pretrained(embedded_model())
+    tokenizer = alike.train_new_from_iterator([row["text"] for row in tiny_rows], 300)
+    torch.manual_seed(4)  # a start that leaves something to learn
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
     )
     BertModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from compeft_fl import errors
 from compeft_fl.exchange.downlink import Downlink
 from compeft_fl.exchange.replica import Replica
 from compeft_fl.exchange.uplink import ErrorFeedback, within
+from compeft_fl.kernels import cpu_factored
 from compeft_fl.mod import CompressionMod
 from compeft_fl.reduction.factorize import factorize, keep_energy, kept_energy
 from compeft_fl.reduction.rules import Reduction
@@ -41,6 +42,27 @@ def on_torch(tau):
 
 
 # --- the search -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 64), (8, 384), (16, 1000)])
+@pytest.mark.parametrize("largest", [1, 300, 1 << 15, (1 << 24) - 1])
+def test_small_matrices_have_the_terms_that_large_ones_would(shape, largest, monkeypatch):
+    rng = np.random.default_rng([*shape, largest])
+    for share in (1.0, 0.05, 0.0):
+        left = rng.integers(-largest, largest, shape, endpoint=True).astype(np.float32)
+        left *= rng.random(shape) < share
+        found = []
+        for small in (left.size, left.size - 1):
+            monkeypatch.setattr(cpu_factored, "_SMALL", small)
+            found.append(cpu_factored.find_term(left.copy()))
+        if found[0] is None:
+            assert found[1] is None
+            continue
+        (factors, exponent, negative, gain), other = found
+        np.testing.assert_array_equal(factors, other[0])
+        assert factors.dtype == other[0].dtype
+        np.testing.assert_array_equal(negative, other[2])
+        assert (exponent, gain) == (other[1], other[3])
 
 
 @pytest.mark.parametrize("name", TAUS)

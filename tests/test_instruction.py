@@ -58,7 +58,8 @@ def test_training_learns_and_the_score_says_so(task, start, instruct_config):
     assert after.accuracy > before.accuracy + 0.1
 
 
-def test_training_looks_for_garbage_among_its_own_things_alone():
+def test_training_looks_for_garbage_among_its_own_things_alone(monkeypatch):
+    monkeypatch.setattr(fine_tuning, "_seen", {"aside": False})
     with put_aside_as_before():
         gc.unfreeze()
         with fine_tuning._no_garbage():
@@ -67,6 +68,7 @@ def test_training_looks_for_garbage_among_its_own_things_alone():
         gc.freeze()
         with fine_tuning._no_garbage():
             pass
+        assert fine_tuning._seen["aside"]
         assert gc.get_freeze_count() > 10_000  # who has put things aside keeps them there
 
 

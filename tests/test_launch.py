@@ -57,7 +57,7 @@ class Watched:
                     self.family.setdefault(child.pid, child)
             except psutil.NoSuchProcess:
                 return
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     def wait_for(self, file: str, text: str, times: int = 1) -> None:
         """Until a file of the run's folder has a text so many times."""
@@ -248,6 +248,7 @@ def test_wrong_arguments_stop_before_anything_starts(capsys, tmp_path, monkeypat
         (["a.toml", "b.toml"], "expected one scenario file, found a.toml and b.toml"),
         (["strategy=compressed:FedAdm"], 'did you mean "FedAdam"'),
         (["peft-method=lorra"], 'did you mean "lora"'),
+        (["data=no.jsonl"], "data: no file no.jsonl"),
     ):
         assert main(["run", *arguments]) == 2
         output = capsys.readouterr()

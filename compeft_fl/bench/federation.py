@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from compeft_fl import codecs, merging
 from compeft_fl.app.imports import at_once, import_peft
+from compeft_fl.app.tasks.tables import check_file
 from compeft_fl.codecs.auto import codec_of
 from compeft_fl.codecs.dense import Dense
 from compeft_fl.exchange.downlink import Downlink
@@ -327,6 +328,7 @@ class Federation:
     def __init__(
         self, setting: Setting, config: AppConfig, num_nodes: int, kept: Path | None = None
     ) -> None:
+        check_file(config)
         with at_once():
             from compeft_fl.app.tasks import data, model
             from compeft_fl.bench.frozen import keep_below_adapter, put_on_top

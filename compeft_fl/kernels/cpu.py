@@ -51,9 +51,10 @@ def in_threads(function: Callable[[int, int], Any], count: int, align: int = 1) 
 
     Parts start at multiples of ``align``.
     """
-    cores = num_cores()
-    units = -(-count // align)
-    if count < _PARALLEL_FROM or cores < 2 or units < 2 * cores:
+    if count < _PARALLEL_FROM:
+        return [function(0, count)]
+    cores, units = num_cores(), -(-count // align)
+    if cores < 2 or units < 2 * cores:
         return [function(0, count)]
     cuts = [min(count, align * (units * i // cores)) for i in range(cores + 1)]
     with ThreadPoolExecutor(cores - 1) as pool:

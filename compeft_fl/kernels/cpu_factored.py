@@ -28,6 +28,7 @@ __all__ = [
 MAX_FACTOR = 15  # of what is written: 5 bits; more bits keep no more energy
 _BITS = 15  # of the integers that a tensor's values are rounded to for the search
 _SWEEPS = 12  # at most; most searches end after 4 to 8
+_SMALL = 1 << 16  # values; with more, matrix products of a library take less than loops
 
 # Factors (S,), integers; the exponent of their step; where signs are negative (L,); the squared
 # norm that the term takes off, in the search's units.
@@ -74,7 +75,11 @@ def find_term(left: Floats) -> Term | None:
     if not squares[row]:
         return None
     negative = exact[row] < 0
-    length = exact.shape[1]
+    size, length = exact.shape
+    if exact.size <= _SMALL:
+        products, factors = np.empty(size), np.empty(size, np.int16)
+        exponent = _sweep(left.astype(np.int32), negative, products, factors, _SWEEPS)
+        return finished(products, factors, exponent, negative, length)
     for _ in range(_SWEEPS):
         products = exact @ np.where(negative, -1.0, 1.0)
         factors, exponent = quantised(products / length)
@@ -85,6 +90,46 @@ def find_term(left: Floats) -> Term | None:
     else:
         products = exact @ np.where(negative, -1.0, 1.0)
     return finished(products, factors, exponent, negative, length)
+
+
+@njit(nogil=True, cache=True)
+def _sweep(left: Any, negative: Any, products: Any, factors: Any, sweeps: int) -> int:
+    """`find_term`'s turns in one call, where calls would take longer than the sums in them."""
+    size, length = left.shape
+    sums = np.empty(length, np.int64)
+    exponent = 0
+    for _ in range(sweeps):
+        largest = _multiply(left, negative, products)
+        mantissa, exponent = math.frexp(largest / length / MAX_FACTOR)
+        exponent = max(0, exponent - 1 if mantissa == 0.5 else exponent)
+        sums[:] = 0
+        for i in range(size):
+            factor = int(np.rint(math.ldexp(products[i] / length, -exponent)))
+            factors[i] = factor
+            for j in range(length):
+                sums[j] += factor * left[i, j]
+        changed = False
+        for j in range(length):
+            better = sums[j] < 0
+            changed |= better != negative[j]
+            negative[j] = better
+        if not changed:
+            return exponent
+    _multiply(left, negative, products)
+    return exponent
+
+
+@njit(nogil=True, cache=True)
+def _multiply(left: Any, negative: Any, products: Any) -> float:
+    """The products of rows and signs, and the largest magnitude of them."""
+    largest = 0.0
+    for i in range(left.shape[0]):
+        total = 0
+        for j in range(left.shape[1]):
+            total += -left[i, j] if negative[j] else left[i, j]
+        products[i] = total
+        largest = max(largest, abs(products[i]))
+    return largest
 
 
 def finished(

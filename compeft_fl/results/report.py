@@ -85,7 +85,7 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     accuracy = [None if value is None else 100 * value for value in summary["accuracy"]]
     figure = Figure(figsize=(10, 4.4))
@@ -116,16 +116,17 @@ def plot(path: Path, summary: Mapping[str, Any]) -> None:
             )
     by_bytes.set(xlabel="bytes so far, all nodes (log scale)", xscale="log")
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
-    by_bytes.xaxis.set_minor_formatter(NullFormatter())
+    by_bytes.minorticks_off()
     if by_bytes.lines:
         figure.legend(frameon=False, loc="lower right", ncols=4, fontsize="small", handlelength=3)
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
+    by_bytes.set_xlim(overhead.with_powers(*by_bytes.get_xlim()))
     figure.subplots_adjust(**overhead.MARGINS)
     figure.suptitle(_title(summary), fontsize="medium")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, pil_kwargs=overhead.FAST)
 
 
 def table(summary: Mapping[str, Any]) -> Table:

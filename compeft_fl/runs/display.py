@@ -22,6 +22,7 @@ from compeft_fl.app.exchange_keys import COMPRESSED_PREFIX
 from compeft_fl.app.imports import at_once, import_peft
 from compeft_fl.app.server_app import build_strategy, run_folder
 from compeft_fl.app.tasks.base import check_packages
+from compeft_fl.app.tasks.tables import check_file
 from compeft_fl.errors import ConfigError
 from compeft_fl.printable import one_line, printable
 from compeft_fl.results import overhead, report, units
@@ -174,6 +175,7 @@ def _scenario(arguments: Sequence[str]) -> Scenario:
 
 def _check(config: AppConfig) -> None:
     """Raise now for what the app would raise half a minute later, where looking costs little."""
+    check_file(config)
     if config.evaluate_tasks.strip():
         from compeft_fl.app.evaluation import require_harness  # imports torch
 

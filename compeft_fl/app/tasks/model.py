@@ -185,8 +185,6 @@ def build(config: AppConfig, data: TextData, folder: Path | None = None) -> Clas
     ConfigError
         Where the model cannot be loaded or a PEFT option does not fit.
     """
-    from peft import get_peft_model
-
     device, dtype = choose_device(config.device), choose_dtype(config)
     torch.manual_seed(config.seed)
     base, tokenizer = _load_base(config, data.labels, dtype)
@@ -205,6 +203,8 @@ def build(config: AppConfig, data: TextData, folder: Path | None = None) -> Clas
             elif method in whole_network.METHODS:
                 network = whole_network.prepare(base, method)
             else:
+                from peft import get_peft_model
+
                 network = get_peft_model(base, peft_config(config))
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise ConfigError(

@@ -49,8 +49,6 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     ConfigError
         Where names or shapes are not this adapter's: another model or method elsewhere.
     """
-    from peft import set_peft_model_state_dict
-
     own = {name: tuple(tensor.shape) for name, tensor in _own(network).items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if own != given:
@@ -63,6 +61,8 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     if whole_network.is_whole(network):
         whole_network.load(network, state)
     else:
+        from peft import set_peft_model_state_dict
+
         set_peft_model_state_dict(network, dict(state))
 
 

@@ -20,7 +20,7 @@ from compeft_fl.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["EMBEDDED", "Table", "load_tables", "three_splits"]
+__all__ = ["EMBEDDED", "Table", "check_file", "load_tables", "three_splits"]
 
 EMBEDDED: Final = {
     f"debian-{task}": f"debian-{task}.jsonl" for task in ("section", "role", "interface", "lang")
@@ -47,6 +47,19 @@ class _Rows(Protocol):
 _R = TypeVar("_R", bound=_Rows)
 
 
+def check_file(config: AppConfig) -> None:
+    """Raise where the data is a file that does not exist; anybody can ask, before all imports.
+
+    Raises
+    ------
+    ConfigError
+        There is no such file.
+    """
+    path = Path(config.data)
+    if config.data not in EMBEDDED and path.suffix in _FORMATS and not path.is_file():
+        raise ConfigError(f"data: no file {path}")
+
+
 def load_tables(config: AppConfig) -> dict[str, Table]:
     """Return the tables of the data that the configuration names, by split.
 
@@ -57,6 +70,7 @@ def load_tables(config: AppConfig) -> dict[str, Table]:
     ConfigError
         Where the file, the data set or the split to train on does not exist.
     """
+    check_file(config)
     if config.data in EMBEDDED:
         splits = _by_column(_embedded(embedded.path(EMBEDDED[config.data])), config)
     elif Path(config.data).suffix in _FORMATS:
@@ -118,8 +132,6 @@ def _embedded(path: Path) -> Table:
 
 def _file(path: Path) -> Table:
     """Return a file's columns, read by the `datasets` library, without a copy in its cache."""
-    if not path.is_file():
-        raise ConfigError(f"data: no file {path}")
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -129,7 +141,7 @@ def _file(path: Path) -> Table:
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"data: {path} cannot be read as {path.suffix}: {reason}") from None
-    return {column: list(dataset[column]) for column in dataset.column_names}
+    return dict(dataset[:])  # by the column: row by row it takes many times as long
 
 
 def _hub(config: AppConfig) -> dict[str, Table]:
@@ -147,7 +159,7 @@ def _hub(config: AppConfig) -> dict[str, Table]:
         ) from None
     splits: dict[str, Table] = {}
     for name, dataset in loaded.items():
-        table: Table = {column: list(dataset[column]) for column in dataset.column_names}
+        table: Table = dict(dataset[:])
         feature = dataset.features.get(config.label_column)
         if isinstance(feature, ClassLabel):
             table[config.label_column] = [feature.int2str(i) for i in table[config.label_column]]
