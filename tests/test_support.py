@@ -50,7 +50,9 @@ def number_kept(masks):
 @pytest.mark.parametrize("kind", VECTORS)
 @pytest.mark.parametrize("d", [1, 2, 63, 65, 1000])
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
-def test_the_support_that_keeps_most_energy(kind, d, density):
+@pytest.mark.parametrize("few", [cpu_select._FEW, 0], ids=["sorted", "counted"])
+def test_the_support_that_keeps_most_energy(kind, d, density, few, monkeypatch):
+    monkeypatch.setattr(cpu_select, "_FEW", few)
     values = VECTORS[kind](np.random.default_rng(d), d).astype(np.float32)
     k = max(1, int(density * d))
     masks = cpu_select.select_best(values, k)

@@ -14,9 +14,15 @@ from numpy.typing import NDArray
 
 from compeft_fl.kernels.cpu import Floats, Words, in_threads, num_words, padded
 from compeft_fl.kernels.llvm import LANES, bit_count, magnitude_mask, sign_mask, trailing_zeros
-from compeft_fl.kernels.support import NUM_BUCKETS, REST_BITS, best_threshold
+from compeft_fl.kernels.support import (
+    NUM_BUCKETS,
+    REST_BITS,
+    best_threshold,
+    best_threshold_of_few,
+)
 
 INFINITY_BITS = 0x7F800000  # float32 magnitudes from here on are Inf or NaN
+_FEW = 1 << 14  # values, that are sorted in less time than histograms of all magnitudes are cleared
 
 
 # --- top-k ------------------------------------------------------------------------------------
@@ -145,6 +151,11 @@ def _kth_magnitude(bits: Any, k: int) -> Any:
     return (bucket << 15) | rest
 
 
+def _kth_of_few(bits: NDArray[np.uint32], k: int) -> int:
+    """`_kth_magnitude` where histograms are larger than what they are of."""
+    return int(np.partition(bits & np.uint32(0x7FFFFFFF), bits.size - k)[bits.size - k])
+
+
 def _bracket(bits: NDArray[np.uint32], k: int) -> tuple[int, int]:
     """Two magnitudes [low, high) between which the k-th largest lies, all but surely.
 
@@ -248,7 +259,7 @@ def _select(values: Floats, k: int, tables: _Tables | None = None) -> tuple[Word
             threshold = int(np.partition(magnitudes, rank)[rank])
             above = int(np.count_nonzero(magnitudes > threshold))
             return split.admit(threshold, wanted - above)
-    threshold = int(_kth_magnitude(bits, k))
+    threshold = _kth_of_few(bits, k) if bits.size <= _FEW else int(_kth_magnitude(bits, k))
     low, high = max(threshold, 1), min(threshold + 1, INFINITY_BITS)
     low = min(low, high)
     split = _Split(values, low, high, capacity=0, tables=tables)
@@ -297,6 +308,8 @@ def _drop_below(
 
 def select_best(values: Floats, k: int) -> tuple[Words, Words] | None:
     """Of the k largest magnitudes those that keep most energy (`support`), as `select_top_k`."""
+    if values.size <= _FEW:
+        return _best_of_few(values, k)
     tables = _Tables()
     masks = _select(values, k, tables)
     if masks is None:
@@ -320,4 +333,19 @@ def select_best(values: Floats, k: int) -> tuple[Words, Words] | None:
         in_threads(lambda a, b: _drop_below(bits, *masks, a, b, threshold), whole)
         if values.size % LANES:
             _drop_below(last, masks[0][whole:], masks[1][whole:], 0, 1, threshold)
+    return masks
+
+
+def _best_of_few(values: Floats, k: int) -> tuple[Words, Words] | None:
+    """`select_best` without tables, which are larger than so few values."""
+    masks = _select(values, k)
+    if masks is None:
+        return None
+    bits = np.zeros(masks[0].size * LANES, np.uint32)
+    bits[: values.size] = values.view(np.uint32)
+    both = (masks[0] | masks[1]).view(np.uint8)
+    kept = np.unpackbits(both, bitorder="little").view(np.bool_)
+    threshold = np.uint32(best_threshold_of_few(bits[kept] & np.uint32(0x7FFFFFFF)))
+    if threshold:
+        _drop_below(bits, *masks, 0, masks[0].size, threshold)
     return masks

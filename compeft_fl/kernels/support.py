@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NUM_BUCKETS", "REST_BITS", "best_threshold"]
+__all__ = ["NUM_BUCKETS", "REST_BITS", "best_threshold", "best_threshold_of_few"]
 
 REST_BITS = 15  # of a magnitude, below its bucket's number
 NUM_BUCKETS = 1 << 16
@@ -41,6 +41,44 @@ def best_threshold(counts: NDArray[np.int64], rests: NDArray[np.int64], members:
         Takes which buckets are wanted, shape (NUM_BUCKETS,), gives their magnitudes in any order.
     """
     buckets = np.flatnonzero(counts)[::-1]
+
+    def inside(chosen: NDArray[np.intp]) -> NDArray[np.uint32]:
+        wanted = np.zeros(NUM_BUCKETS, np.bool_)
+        wanted[buckets[chosen]] = True
+        return members(wanted)
+
+    return _best(buckets, counts[buckets], rests[buckets], inside)
+
+
+def best_threshold_of_few(magnitudes: NDArray[np.uint32]) -> int:
+    """`best_threshold` of magnitudes that are few enough to be sorted.
+
+    Parameters
+    ----------
+    magnitudes : ndarray of uint32
+        What is kept, in any order.
+    """
+    ordered = np.sort(magnitudes)[::-1]
+    of_each = ordered >> REST_BITS
+    starts = np.flatnonzero(np.diff(of_each, prepend=np.uint32(NUM_BUCKETS)))
+    sizes = np.diff(starts, append=ordered.size)
+    rests = (ordered & np.uint32((1 << REST_BITS) - 1)).astype(np.int64)
+    sums = np.add.reduceat(rests, starts) if starts.size else rests
+
+    def inside(chosen: NDArray[np.intp]) -> NDArray[np.uint32]:
+        wanted = np.zeros(starts.size, np.bool_)
+        wanted[chosen] = True
+        found: NDArray[np.uint32] = ordered[np.repeat(wanted, sizes)]
+        return found
+
+    return _best(of_each[starts].astype(np.int64), sizes, sums, inside)
+
+
+def _best(
+    buckets: NDArray[np.int64], sizes: NDArray[np.int64], rests: NDArray[np.int64],
+    members: Callable[[NDArray[np.intp]], NDArray[np.uint32]],
+) -> int:  # fmt: skip
+    """`best_threshold` from the buckets that have any, the largest first."""
     if not buckets.size:
         return 0
     exponents = buckets >> (_MANTISSA_BITS - REST_BITS)
@@ -48,8 +86,7 @@ def best_threshold(counts: NDArray[np.int64], rests: NDArray[np.int64], members:
     bases += np.where(exponents > 0, 1 << _MANTISSA_BITS, 0)
     units = np.ldexp(1.0, np.maximum(exponents, 1) - 150)
 
-    sizes = counts[buckets]
-    sums = (sizes * bases + rests[buckets]) * units
+    sums = (sizes * bases + rests) * units
     number, total = np.cumsum(sizes), np.cumsum(sums)
     number_before, total_before = number - sizes, np.concatenate([[0.0], total[:-1]])
     at_end = total * total / number
@@ -62,9 +99,7 @@ def best_threshold(counts: NDArray[np.int64], rests: NDArray[np.int64], members:
     bound = (total_before + meet * most) ** 2 / np.maximum(number_before + meet, 1e-9)
     inside = np.flatnonzero((sizes > 1) & (bound * (1 + _SLACK) > at_end[best]))
     if inside.size:
-        wanted = np.zeros(NUM_BUCKETS, np.bool_)
-        wanted[buckets[inside]] = True
-        magnitudes = np.sort(members(wanted))[::-1]
+        magnitudes = np.sort(members(inside))[::-1]
         which = np.searchsorted(-buckets, -(magnitudes >> REST_BITS).astype(np.int64))
         mantissas = bases[which] + (magnitudes & np.uint32((1 << REST_BITS) - 1))
         sums_along = np.cumsum(mantissas)
