@@ -41,7 +41,6 @@ def save(name, config, *, seed=1):
     """Save an adapter before training, as NAME0, and after, as NAME; all have one start."""
     torch.manual_seed(11)
     model = peft.get_peft_model(adapter_kinds.base_model(), config)
-    model.create_or_update_model_card = lambda folder: None  # which takes longer than all else
     model.save_pretrained(f"{name}0")
     train(model, seed)
     model.save_pretrained(name)

@@ -57,7 +57,7 @@ class Watched:
                     self.family.setdefault(child.pid, child)
             except psutil.NoSuchProcess:
                 return
-            time.sleep(0.25)
+            time.sleep(0.1)
 
     def wait_for(self, file: str, text: str, times: int = 1) -> None:
         """Until a file of the run's folder has a text so many times."""

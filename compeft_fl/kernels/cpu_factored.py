@@ -94,7 +94,11 @@ def find_term(left: Floats) -> Term | None:
 
 @njit(nogil=True, cache=True)
 def _sweep(left: Any, negative: Any, products: Any, factors: Any, sweeps: int) -> int:
-    """`find_term`'s turns in one call, where calls would take longer than the sums in them."""
+    """`find_term`'s turns in one call, where calls would take longer than the sums in them.
+
+    ``left`` (S, L) is integers; ``negative`` (L,) is changed, ``products`` and ``factors`` (S,) are
+    filled. Returns the exponent of the factors' step.
+    """
     size, length = left.shape
     sums = np.empty(length, np.int64)
     exponent = 0

@@ -55,7 +55,7 @@ def best_threshold_of_few(magnitudes: NDArray[np.uint32]) -> int:
 
     Parameters
     ----------
-    magnitudes : ndarray of uint32
+    magnitudes : ndarray of uint32, shape (n,)
         What is kept, in any order.
     """
     ordered = np.sort(magnitudes)[::-1]

@@ -24,7 +24,7 @@ MARGINS: Final = {"left": 0.1, "right": 0.985, "top": 0.88, "bottom": 0.19, "wsp
 """Of a run's plots, which are alike: finding them takes longer than to draw all else."""
 
 FAST: Final = {"compress_level": 1}
-"""Of a run's plots as PNG: a quarter of the time for a few kilobytes more."""
+"""Of a run's plots as PNG: less time, for a few kilobytes more."""
 
 _WAYS: Final = (("uplink", "up"), ("downlink", "down"))
 _SERIES: Final = (  # colours told apart by everyone

@@ -73,7 +73,7 @@ def train(
     return TrainResult(loss, found.global_step, len(rows), time.perf_counter() - started)
 
 
-_seen = {"aside": False}  # so that it is counted once what has been put aside: that takes 30 ms
+_seen = {"aside": False}  # whether anything is put aside: to ask takes longer the more there is
 
 
 @contextmanager
